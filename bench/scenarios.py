@@ -1,0 +1,106 @@
+"""What is measured: sizes of the model, scenarios, contenders. All choices of the benchmark are in this file."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Side = Literal["ours", "seed", "seed_workers"]
+Data = Literal["captions", "instructions"]
+
+SIDE_TITLES: dict[Side, str] = {
+    "ours": "llavaforge",
+    "seed": "the seed's way",
+    "seed_workers": "... with 2 loader workers",
+}
+NUM_WORKERS: dict[Side, int] = {"ours": 2, "seed": 0, "seed_workers": 2}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of the two parts; heads are `width / num_heads` wide."""
+
+    image_size: int
+    tower_width: int
+    tower_intermediate: int
+    tower_layers: int
+    tower_heads: int
+    width: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab_size: int
+    patch_size: int = 14
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that one image takes."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+REAL = "CLIP-L/336 + Qwen1.5-4B"
+SIZES: dict[str, ModelSize] = {
+    # The published configs of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B.
+    REAL: ModelSize(336, 1024, 4096, 24, 16, 2560, 6912, 40, 20, 151_936),
+    # The same share of work per part at a 120th of the parameters (`bench/shares.py` prints both).
+    "replica": ModelSize(336, 192, 768, 6, 3, 512, 1408, 8, 8, 6_170),
+    # For the tests: seconds, not minutes; its figures mean nothing.
+    "tiny": ModelSize(56, 32, 64, 2, 2, 64, 128, 2, 2, 1_000),
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One race.
+
+    Attributes:
+        data: which samples.
+        train_type: what learns.
+        learning_rate: of all that learns, on every side.
+        bar: how many times the seed's samples per second ours must reach (issue 2).
+        sides: who takes part.
+    """
+
+    data: Data
+    train_type: Literal["projector", "freeze_vision", "use_lora"]
+    learning_rate: float
+    bar: float
+    sides: tuple[Side, ...]
+
+    @property
+    def name(self) -> str:
+        """Data and train type."""
+        return f"{self.data}-{self.train_type}"
+
+
+# LLaVA's stage 1 and stage 2 with its learning rates.
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario("captions", "projector", 1e-3, 1.5, ("ours", "seed", "seed_workers")),
+    Scenario("instructions", "freeze_vision", 2e-5, 1.7, ("ours", "seed")),
+    Scenario("instructions", "use_lora", 2e-4, 1.7, ("ours", "seed")),
+)
+
+# The seed has r=32 on q, k, v, o at a width of 2560; 8 at 512 is the same share of the parameters, near enough.
+LORA_R, LORA_ALPHA = 8, 16
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one contender has to do; travels to its process as JSON."""
+
+    model: str
+    data: str
+    order: list[int]
+    output_dir: str
+    cache_dir: str
+    train_type: Literal["projector", "freeze_vision", "use_lora"]
+    learning_rate: float
+    batch_size: int
+    num_steps: int
+    num_workers: int
+    bf16: bool
+    lora_r: int = LORA_R
+    lora_alpha: int = LORA_ALPHA
+    lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+
+
+HELP_BAR_S = 0.5

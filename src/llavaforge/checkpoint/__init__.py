@@ -1,0 +1,1 @@
+"""Resumable checkpoints and atomic publishing."""

@@ -1,0 +1,115 @@
+"""What a run trained, read back: from a checkpoint-N, or from a LoRA run's `final`.
+
+Comes in: a folder of a run. Goes out: the trained tensors and the base model they belong to, put into a loaded model or
+merged into a new folder. Called by `train/stages.py` and `use/`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavaforge.checkpoint.publish import faults, fingerprint
+from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights
+from llavaforge.config.schema import TrainConfig
+from llavaforge.errors import UserError
+from llavaforge.model.load import LoadedModel, load_model
+from llavaforge.model.lora import LoraOptions, add_lora, lora_modules, merged_weight, trained_tensors
+from llavaforge.model.trainable import lora_options
+from llavaforge.model_folder.tensors import open_tensors
+from llavaforge.model_folder.write import update_model_folder
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained tensors by module name, and what they belong to.
+
+    Attributes:
+        base: folder of the model that the run started from.
+        tensors: float32 weights of what learnt.
+        lora: the LoRA options, or None when plain weights learnt.
+        run: the run's description.
+    """
+
+    base: Path
+    tensors: dict[str, torch.Tensor]
+    lora: LoraOptions | None
+    run: dict[str, Any]
+
+
+def read_trained(folder: Path) -> Trained | None:
+    """Read a checkpoint-N or a LoRA run's `final`.
+
+    Returns:
+        None for a plain model folder, which needs no base.
+
+    Raises:
+        UserError: no such folder, faulty files, or a base model that is gone or has changed.
+    """
+    is_checkpoint = (folder / TRAIN_STATE).is_file()
+    if not is_checkpoint and not (folder / "adapter_config.json").is_file():
+        return None
+    if not (folder / RUN).is_file():
+        raise UserError(
+            f"{folder}: an adapter that llavaforge did not write (no {RUN}). Open it with peft, "
+            "or merge it there and give the merged folder."
+        )
+    if found := faults(folder):
+        raise UserError(f"{folder}: {'; '.join(found)}. Give another checkpoint, or copy it again.")
+    run = load_run(folder)
+    base = Path(run["base_model"])
+    _check_base(folder, base, run)
+    options = lora_options(TrainConfig.model_validate(run["config"])) if run["train_type"] == "use_lora" else None
+    if is_checkpoint:
+        return Trained(base, load_weights(folder), options, run)
+    adapter = open_tensors(folder, "adapter_model")
+    return Trained(base, trained_tensors(dict(adapter.items())), options, run)
+
+
+def open_model(name_or_path: str, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Open anything that a run leaves, or any model folder, with what was trained in place (a LoRA stays unmerged).
+
+    Raises:
+        UserError: see `read_trained` and `load_model`.
+    """
+    trained = read_trained(Path(name_or_path)) if Path(name_or_path).is_dir() else None
+    if trained is None:
+        return load_model(name_or_path, dtype)
+    loaded = load_model(str(trained.base), dtype)
+    if trained.lora is not None:
+        add_lora(loaded.model, trained.lora, seed=0)
+    parameters = dict(loaded.model.named_parameters())
+    missing = sorted(set(trained.tensors) - set(parameters))
+    if missing:
+        raise UserError(f"{name_or_path}: `{missing[0]}` has no place in {trained.base}.")
+    with torch.no_grad():
+        for name, tensor in trained.tensors.items():
+            parameters[name].copy_(tensor)
+    return loaded
+
+
+def merge(output_dir: Path, trained: Trained, overwrite: bool = False) -> None:
+    """Write the plain model folder that equals base plus what was trained."""
+    modules = {f"{module}.weight": module for module in lora_modules(trained.tensors)}
+
+    def changed(name: str, base: torch.Tensor) -> torch.Tensor:
+        if name in modules:
+            assert trained.lora is not None
+            return merged_weight(base, trained.tensors, modules[name], trained.lora.scaling)
+        return trained.tensors.get(name, base)
+
+    run = json.dumps(trained.run, indent=1) + "\n"
+    update_model_folder(output_dir, trained.base, changed, overwrite=overwrite, extra_files={RUN: run})
+
+
+def _check_base(folder: Path, base: Path, run: dict[str, Any]) -> None:
+    if not base.is_dir():
+        raise UserError(
+            f"{folder}: its base model {base} is gone. Put it back there, or edit base_model in {folder / RUN}."
+        )
+    if fingerprint(base) != run["identity"]["base_model"]:
+        raise UserError(
+            f"{folder}: its base model {base} has changed since the run. Restore the model that it was trained on."
+        )

@@ -1,0 +1,187 @@
+"""The command line: one binary, a table of verbs, options read from `config/schema.py`.
+
+Results go to stdout (the last line of most verbs is one JSON object), logs to stderr. Nothing heavy is imported before
+a verb is chosen, so `llavaforge --help` stays quick.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavaforge import __version__
+from llavaforge.errors import StoppedEarly, UserError
+
+if TYPE_CHECKING:
+    from llavaforge.config.schema import Schema
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: the class with its options, the function that does it (within this package), and a line of help."""
+
+    schema: str
+    function: str
+    summary: str
+    takes_recipe: bool = False
+
+
+VERBS: dict[str, Verb] = {
+    "quickstart": Verb(
+        "QuickstartConfig", "use.quickstart:quickstart", "the whole story on tiny parts, on a CPU, with no network"
+    ),
+    "customize-model": Verb(
+        "CustomizeModelConfig", "join.parts:customize_model", "join a vision tower and a language model"
+    ),
+    "data make-shapes": Verb(
+        "MakeShapesConfig", "data.shapes:make_shapes", "write a generated data set of coloured shapes"
+    ),
+    "train": Verb("TrainConfig", "train.run:train", "full | freeze_vision | use_lora | projector", takes_recipe=True),
+    "evaluate": Verb("EvaluateConfig", "use.evaluate:evaluate", "held-out loss and exact match"),
+    "chat": Verb("ChatConfig", "use.chat:chat", "ask a model about an image"),
+    "export": Verb("ExportConfig", "use.export:export", "merge, normalise and verify a plain transformers folder"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0 done, 1 failed, 2 the user's input, 75 start me again, 130 by hand."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, rest = _choose(arguments)
+        if name is None:
+            return 0
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
+        for noisy in ("httpx", "matplotlib", "DeepSpeed"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        config = parse(name, rest)
+        result = _load(VERBS[name].function)(config)
+        if result is not None:
+            _write(json.dumps(result))
+        return 0
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except StoppedEarly as stop:
+        sys.stderr.write(f"{stop}\n")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except SystemExit as stop:  # argparse, after --help or a usage error
+        return int(stop.code or 0)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.write("This is a fault in llavaforge or a failed run, not in your input.\n")
+        return 1
+
+
+def parse(name: str, arguments: Sequence[str]) -> "Schema":
+    """Turn the arguments after a verb into its config.
+
+    Flags override the recipe; `--train_type` and `--train-type` are the same.
+
+    Raises:
+        UserError: an unknown flag or key (with the nearest one), a missing field, a value of the wrong kind.
+    """
+    from llavaforge.config import load, schema
+
+    verb = VERBS[name]
+    options: type[Schema] = getattr(schema, verb.schema)
+    parser = _parser(name, verb, options)
+    given, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
+    if unknown:
+        flags = [f"--{field}" for field in options.model_fields]
+        raise UserError(f"llavaforge {name}: unknown argument `{unknown[0]}`.{load.nearest(unknown[0], flags)}")
+    values = vars(given)
+    recipe = values.pop("recipe", None)
+    merged = {**(load.read_recipe(Path(recipe)) if recipe else {}), **values}
+    return load.build(options, merged, recipe or f"llavaforge {name}")
+
+
+def call(name: str, fields: dict[str, Any]) -> Any:
+    """Do a verb from Python: `call("train", {"model_name_or_path": ...})`.
+
+    Raises:
+        UserError: an unknown or missing field, a value of the wrong kind, or what the verb itself refuses.
+    """
+    from llavaforge.config import load, schema
+
+    options: type[Schema] = getattr(schema, VERBS[name].schema)
+    return _load(VERBS[name].function)(load.build(options, fields, name))
+
+
+def _choose(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the verb and the arguments after it; no verb when only help or the version was asked for."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _write(_overview())
+        return None, []
+    if arguments[0] == "--version":
+        _write(f"llavaforge {__version__}")
+        return None, []
+    for length in (2, 1):
+        name = " ".join(arguments[:length])
+        if name in VERBS:
+            return name, arguments[length:]
+    if arguments[0] == "data" and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        _write(_overview("data "))
+        return None, []
+    from llavaforge.config.load import nearest
+
+    asked = " ".join(arguments[:2] if arguments[0] == "data" else arguments[:1])
+    raise UserError(f"unknown verb `{asked}`.{nearest(asked, VERBS)} `llavaforge --help` lists them.")
+
+
+def _overview(prefix: str = "") -> str:
+    lines = [f"  {name:<18}{verb.summary}" for name, verb in VERBS.items() if name.startswith(prefix)]
+    return "\n".join(
+        ["usage: llavaforge VERB [options]     (llavaforge VERB --help lists a verb's options)", "", *lines]
+    )
+
+
+def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"llavaforge {name}", description=options.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    if verb.takes_recipe:
+        parser.add_argument("recipe", nargs="?", help="a YAML recipe; flags override its keys")
+    for field, info in options.model_fields.items():
+        if field == "stages":  # a list of mappings: recipes only
+            continue
+        default = "" if info.is_required() else f" (default: {info.get_default()})"
+        text = f"{info.description or ''}{default}".replace("%", "%%")
+        if info.annotation is bool:
+            parser.add_argument(f"--{field}", nargs="?", const=True, metavar="true|false", help=text)
+        elif str(info.annotation).startswith("list"):
+            parser.add_argument(f"--{field}", nargs="+", metavar="NAME", help=text)
+        else:
+            parser.add_argument(f"--{field}", metavar=field.upper().split("_")[-1], help=text)
+    return parser
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _load(target: str) -> Any:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(f"llavaforge.{module}"), function)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

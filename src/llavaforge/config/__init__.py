@@ -1,0 +1,1 @@
+"""Options of every verb, and how recipes and flags become them."""

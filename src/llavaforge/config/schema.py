@@ -1,0 +1,248 @@
+"""Every option of every verb, once: the command line, the recipes and the Python functions all read these classes.
+
+A docstring under a field is its help text. Unknown keys are errors (`config/load.py` suggests the nearest one).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TrainType = Literal["full", "freeze_vision", "use_lora", "projector"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Schema(BaseModel):
+    """Base of all option classes."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+
+
+class CustomizeModelConfig(Schema):
+    """Join a vision tower and a language model into one LLaVA folder."""
+
+    vision_tower: str
+    """Folder or hub name of a CLIP or SigLIP model (a whole CLIP or its vision part), or of a LLaVA."""
+    language_model: str
+    """Folder or hub name of a causal language model (Qwen2/2.5/3, Llama, Mistral, Gemma, Phi-3), or of a LLaVA."""
+    output_dir: Path = Path("my-model/model-01")
+    """Where the joined model is written."""
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` keeps each part's own bytes (and the language model's type for the projector)."""
+    projector_hidden_act: str = "gelu"
+    """Activation between the projector's two layers."""
+    projector_bias: bool = True
+    """Whether the projector's layers have a bias."""
+    projector_from: str | None = None
+    """A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's `mm_projector.bin`."""
+    vision_feature_layer: int = -2
+    """Which hidden state of the tower the projector reads (-2: before the last layer, as LLaVA does)."""
+    image_aspect_ratio: Literal["crop", "pad"] = "crop"
+    """Resize and centre-crop (the tower's own way), or pad to a square first (LLaVA-1.5)."""
+    chat_template: Path | None = None
+    """A Jinja file that replaces the tokenizer's chat template."""
+    seed: int = 0
+    """Seed of the projector's initial weights."""
+    overwrite: bool = False
+    """Replace a non-empty output folder."""
+
+
+class MakeShapesConfig(Schema):
+    """Write a generated data set of coloured shapes in the layout of LLaVA-CC3M-Pretrain-595K."""
+
+    output_dir: Path
+    """Folder to write; it must be empty or absent."""
+    num_samples: PositiveInt = 2000
+    """Number of training images; a tenth as many are held out."""
+    seed: int = 0
+    """Seed of the generated scenes."""
+
+
+class SampleOptions(Schema):
+    """How a record becomes a sample; shared by `train` and `evaluate`."""
+
+    prompt_style: Literal["chat", "plain"] = "chat"
+    """`chat`: the model's chat template. `plain`: image and caption without the instruction (LLaVA's stage 1)."""
+    system_prompt: str | None = None
+    """System message put before each conversation (chat style only)."""
+    max_length: PositiveInt = 2048
+    """Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit."""
+    image_folder: Path | None = None
+    """Where the images are; found beside the data file (`images/`, `images.zip`, or its own folder) when not given."""
+    cache_dir: Path | None = None
+    """Where tokenised indexes are kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`)."""
+
+
+class TrainConfig(SampleOptions):
+    """Train a LLaVA: one stage, or several under `stages`."""
+
+    model_name_or_path: str
+    """Folder (or hub name) of the model to start from: written by customize-model, or any llava-hf style model."""
+    data_path: Path
+    """A folder with `chat.json` and `images/` or `images.zip`, or a LLaVA-style .json or .jsonl file."""
+    output_dir: Path
+    """Where checkpoints, metrics and the finished model go."""
+    train_type: TrainType = "use_lora"
+    """What learns: full | freeze_vision | use_lora | projector."""
+    projector_from: str | None = None
+    """A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's `mm_projector.bin`."""
+
+    eval_data_path: Path | None = None
+    """Held-out data, same layouts as `data_path`."""
+    eval_holdout: NonNegativeInt = 0
+    """Number of records of `data_path` to hold out when there is no `eval_data_path`."""
+    eval_steps: NonNegativeInt = 0
+    """Held-out loss every so many steps (0: only at the end)."""
+
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data (ignored when `max_steps` is given)."""
+    max_steps: NonNegativeInt = 0
+    """Number of optimizer steps; 0 derives it from `num_train_epochs`."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimizer step over all processes; accumulation is derived from it."""
+    per_device_train_batch_size: PositiveInt = 8
+    """Most samples in one micro-batch of one process."""
+    max_tokens_per_batch: PositiveInt | None = None
+    """Most tokens in one micro-batch of one process."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
+
+    learning_rate: NonNegativeFloat | None = None
+    """Of the language model or its LoRA (of the projector for `projector`). Default 2e-5; LoRA 2e-4; projector 1e-3."""
+    projector_learning_rate: NonNegativeFloat | None = None
+    """Of the projector (default: `learning_rate`; 2e-5 for `use_lora`)."""
+    vision_learning_rate: NonNegativeFloat | None = None
+    """Of the vision tower under `full` (default: a tenth of `learning_rate`)."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps with a rising learning rate."""
+    warmup_steps: NonNegativeInt | None = None
+    """Number of warm-up steps (instead of `warmup_ratio`)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    adam_beta1: Fraction = 0.9
+    """AdamW's first decay."""
+    adam_beta2: Fraction = 0.999
+    """AdamW's second decay."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the gradient to this norm (0: no clipping)."""
+
+    lora_r: PositiveInt = 128
+    """Rank of the LoRA matrices."""
+    lora_alpha: PositiveInt = 256
+    """LoRA's scale is `lora_alpha / lora_r`."""
+    lora_dropout: Fraction = 0.0
+    """Dropout before LoRA's first matrix."""
+    lora_target_modules: list[str] = [
+        "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
+    ]  # fmt: skip
+    """Names of the language model's linear layers that get a LoRA (names the model lacks are passed over)."""
+
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it."""
+    gradient_checkpointing: bool = False
+    """Recompute the language model's layers in the backward pass to save memory."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON file (its ZeRO section is used); several processes default to ZeRO-2."""
+    dataloader_num_workers: NonNegativeInt = 2
+    """Processes that decode images (0: the training process itself)."""
+    seed: int = 42
+    """Seed of the sample order, LoRA's initial weights and dropout."""
+
+    save_steps: NonNegativeInt = 500
+    """A checkpoint every so many steps (0: none)."""
+    save_total_limit: PositiveInt = 2
+    """Newest checkpoints kept."""
+    logging_steps: PositiveInt = 1
+    """A line of metrics.jsonl every so many steps."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+    resume_from_checkpoint: Literal["auto"] | Path = "auto"
+    """`auto` goes on from the newest valid checkpoint of `output_dir`; a path names one."""
+
+    stages: list[dict[str, Any]] = []
+    """Each entry is the recipe with some fields overridden (and a `name`); they run in order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.eval_data_path and self.eval_holdout:
+            raise ValueError("give eval_data_path or eval_holdout, not both")
+        if self.eval_steps and not (self.eval_data_path or self.eval_holdout):
+            raise ValueError("eval_steps needs held-out data: give eval_data_path or eval_holdout")
+        if self.global_batch_size and self.gradient_accumulation_steps:
+            raise ValueError(
+                "global_batch_size already fixes the accumulation: drop gradient_accumulation_steps, or give only it"
+            )
+        if self.prompt_style == "plain" and self.system_prompt:
+            raise ValueError("system_prompt has no place in prompt_style plain: drop it, or use prompt_style chat")
+        return self
+
+
+class EvaluateConfig(SampleOptions):
+    """Held-out loss and exact match of a model on a data set."""
+
+    model_name_or_path: str
+    """A model folder, a run's `final`, or a checkpoint-N."""
+    data_path: Path
+    """Same layouts as in `train`."""
+    output_dir: Path | None = None
+    """Where `samples.jsonl` and `summary.json` go."""
+    max_samples: PositiveInt | None = None
+    """Use only the first so many records."""
+    max_new_tokens: PositiveInt = 32
+    """Longest answer that is generated for the exact match."""
+    per_device_eval_batch_size: PositiveInt = 16
+    """Samples per batch."""
+    blank_image: bool = False
+    """Replace each image by a grey one: what remains is what the model guesses without looking."""
+    exact_match: bool | Literal["auto"] = "auto"
+    """Generate and compare answers; `auto` does so when the reference answers are short (three words or fewer)."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16; `auto` where the hardware is fast at it."""
+    dataloader_num_workers: NonNegativeInt = 2
+    """Processes that decode images."""
+
+
+class ChatConfig(Schema):
+    """Ask a model about an image."""
+
+    model_name_or_path: str
+    """A model folder, a run's `final`, or a checkpoint-N."""
+    image: Path | None = None
+    """An image file to talk about."""
+    prompt: str | None = None
+    """One question; without it a session is opened."""
+    system_prompt: str | None = None
+    """System message of the conversation."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer."""
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token; above 0 samples."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+class ExportConfig(Schema):
+    """Turn a checkpoint or a finished run into a plain transformers folder, and verify it."""
+
+    checkpoint: Path
+    """A run's `checkpoint-N` or `final`."""
+    output_dir: Path
+    """Where the exported model is written."""
+    overwrite: bool = False
+    """Replace a non-empty output folder."""
+
+
+class QuickstartConfig(Schema):
+    """The whole story on tiny parts: join, train twice, evaluate, export, answer."""
+
+    output_dir: Path = Path("quickstart")
+    """Where everything is written."""
+    seed: int = 0
+    """Seed of the data, the projector and the sample order."""

@@ -1,0 +1,104 @@
+"""What a training loop needs of an engine, and nothing else. All distributed code lives behind this.
+
+Comes in: a `StepModule` and `Group`s. Goes out: gradients, steps, sums over ranks, the state to save.
+Called by `train/run.py`; implemented by `plain.py` (one process) and `zero.py` (DeepSpeed).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from llavaforge.data.pack import Pack
+from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import Group
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """AdamW's numbers (Loshchilov & Hutter 2019, arXiv:1711.05101) and the clipping norm (0: none)."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    max_grad_norm: float
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Both decays, as torch takes them."""
+        return self.beta1, self.beta2
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did.
+
+    Attributes:
+        grad_norm: Euclidean norm of the whole gradient before clipping.
+        skipped: the step did not happen because the norm was not finite.
+    """
+
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """A trainable parameter's float32 weight and AdamW moments, full shape, on the CPU."""
+
+    weight: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+class Engine(Protocol):
+    """One process of a run.
+
+    Attributes:
+        rank: number of this process.
+        world_size: number of processes.
+        device: where packs go.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def prepare(
+        self, step_module: StepModule, groups: Sequence[Group], options: AdamWOptions, dtype: torch.dtype
+    ) -> None:
+        """Take the model over: move it, keep float32 masters of what learns, compute in `dtype`."""
+
+    def restore(self, states: Mapping[str, ParameterState], num_steps: int) -> None:
+        """Set masters, moments and AdamW's step count to a saved state."""
+
+    def micro_step(self, pack: Pack, scale: float) -> float:
+        """Run forward and backward of `scale * loss_sum` and return the unscaled `loss_sum` of this rank."""
+
+    def step(self, rate_factor: float) -> StepResult:
+        """Clip and apply the gradient with each group's peak rate times `rate_factor`."""
+
+    def loss_sum(self, pack: Pack) -> float:
+        """Return this rank's summed loss without gradients."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of some numbers over ranks."""
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is set on any rank."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every trainable parameter's float32 weight by module name, full shape, on the CPU; see below."""
+
+    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Yield every trainable parameter's state by module name, one at a time; all ranks must iterate together."""
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory this process has held (the device's, or the process's on a CPU)."""
+
+    def close(self) -> None:
+        """Leave the process group."""

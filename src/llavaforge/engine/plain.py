@@ -1,0 +1,172 @@
+"""One process, plain PyTorch: a CPU or one GPU.
+
+What learns has a float32 master; with a lower compute dtype each micro-step's gradient is added to the master's in
+float32 as soon as it exists, and freed, so that accumulation loses nothing and memory holds one gradient.
+"""
+
+import math
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llavaforge.data.pack import Pack
+from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
+from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import Group
+
+
+class PlainEngine:
+    """The engine of a single process; see `engine/base.py`."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._masters: dict[str, nn.Parameter] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def prepare(
+        self, step_module: StepModule, groups: Sequence[Group], options: AdamWOptions, dtype: torch.dtype
+    ) -> None:
+        """See `Engine.prepare`."""
+        for group in groups:
+            self._parameters |= group.parameters
+            self._masters |= {name: self._master(p, dtype) for name, p in group.parameters.items()}
+        cast_parameters(step_module, dtype)
+        self._module = step_module.to(self.device)
+        self._module.train()
+        self._clip = options.max_grad_norm
+        self._rates = [group.learning_rate for group in groups]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [self._masters[name] for name in group.parameters], "weight_decay": group.weight_decay}
+                for group in groups
+            ],
+            lr=0.0,
+            betas=options.betas,
+            eps=options.epsilon,
+            fused=True,
+        )
+
+    def restore(self, states: Mapping[str, ParameterState], num_steps: int) -> None:
+        """See `Engine.restore`."""
+        for name, state in states.items():
+            master = self._masters[name]
+            master.data.copy_(state.weight)
+            self._optimizer.state[master] = {
+                "step": torch.tensor(float(num_steps), device=self.device),
+                "exp_avg": state.exp_avg.to(self.device),
+                "exp_avg_sq": state.exp_avg_sq.to(self.device),
+            }
+        self._publish_masters()
+
+    def micro_step(self, pack: Pack, scale: float) -> float:
+        """See `Engine.micro_step`."""
+        loss = self._module(pack.to(self.device))
+        (loss * scale).backward()
+        return float(loss.detach())
+
+    def step(self, rate_factor: float) -> StepResult:
+        """See `Engine.step`."""
+        masters = list(self._masters.values())
+        bound = self._clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(masters, bound))
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad()
+            return StepResult(norm, skipped=True)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * rate_factor
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._publish_masters()
+        return StepResult(norm, skipped=False)
+
+    @torch.no_grad()
+    def loss_sum(self, pack: Pack) -> float:
+        """See `Engine.loss_sum`."""
+        self._module.eval()
+        loss = float(self._module(pack.to(self.device)))
+        self._module.train()
+        return loss
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """See `Engine.sum`."""
+        return list(values)
+
+    def any(self, flag: bool) -> bool:
+        """See `Engine.any`."""
+        return flag
+
+    def barrier(self) -> None:
+        """See `Engine.barrier`."""
+
+    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Engine.masters`."""
+        for name, master in self._masters.items():
+            yield name, master.detach().to("cpu", copy=True)
+
+    def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """See `Engine.trainable_state`."""
+        for name, master in self._masters.items():
+            moments = self._optimizer.state.get(master, {})
+            zeros = torch.zeros_like(master, device="cpu")
+            yield (
+                name,
+                ParameterState(
+                    master.detach().to("cpu", copy=True),
+                    moments.get("exp_avg", zeros).detach().to("cpu", copy=True),
+                    moments.get("exp_avg_sq", zeros).detach().to("cpu", copy=True),
+                ),
+            )
+
+    def peak_memory_bytes(self) -> int:
+        """See `Engine.peak_memory_bytes`."""
+        return peak_memory_bytes(self.device)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+
+    def _master(self, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        if dtype == torch.float32:
+            parameter.data = parameter.data.float().to(self.device)
+            return parameter
+        # Taken before the cast: a float32 base model keeps its full precision in the master.
+        master = nn.Parameter(parameter.detach().float().to(self.device, copy=True))
+
+        def collect(computed: torch.Tensor) -> None:
+            assert computed.grad is not None
+            master.grad = computed.grad.float() if master.grad is None else master.grad.add_(computed.grad)
+            computed.grad = None
+
+        parameter.register_post_accumulate_grad_hook(collect)
+        return master
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter is not self._masters[name]:
+                parameter.copy_(self._masters[name])
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters, not buffers: rounding a rotary embedding's `inv_freq` to bfloat16 moves every position."""
+    for parameter in module.parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak of the device's allocator, or of this process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux passes ru_maxrss on through exec: it may be the peak of the process that started us
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, else KiB (getrusage(2))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

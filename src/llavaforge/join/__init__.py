@@ -1,0 +1,1 @@
+"""From two pre-trained parts to one LLaVA folder."""

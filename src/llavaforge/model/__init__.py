@@ -1,0 +1,1 @@
+"""The stock Llava, stepped: attention, tower, loss, what learns."""

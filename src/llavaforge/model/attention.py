@@ -1,0 +1,135 @@
+"""Attention in which packed samples do not see each other.
+
+Registered with transformers under `PACKED`; the stock language model then calls it in every layer. No mask is ever
+built: transformers builds masks only for the names it knows, and the borders of the samples say all. With the
+borders absent (plain `generate`) use `stock_attention`.
+
+Legend: H heads, T tokens of the pack, D head size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED = "llavaforge_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query_1HTD: torch.Tensor,
+    key_1HTD: torch.Tensor,
+    value_1HTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    lengths: tuple[int, ...],
+    cu_seqlens: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample of a pack.
+
+    Args:
+        module: the attention layer that calls (unused; transformers passes it).
+        query_1HTD: queries.
+        key_1HTD: keys; fewer heads than the queries for grouped-query attention.
+        value_1HTD: values.
+        attention_mask: must be None.
+        lengths: the samples' lengths; they sum to T.
+        cu_seqlens: `int32` borders, on the device.
+        scaling: factor of the scores (default 1/sqrt(D)).
+        dropout: of the attention weights.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+
+    Returns:
+        (1, T, H, D), and None for the weights.
+    """
+    assert attention_mask is None, "packed attention takes borders, not a mask"
+    if _has_varlen(query_1HTD, dropout):
+        return _varlen(query_1HTD, key_1HTD, value_1HTD, lengths, cu_seqlens, scaling, sliding_window), None
+    outputs = [
+        scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_window_mask(q.shape[2], sliding_window, q.device),
+            is_causal=sliding_window is None or sliding_window >= q.shape[2],
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        for q, k, v in zip(
+            query_1HTD.split(lengths, 2), key_1HTD.split(lengths, 2), value_1HTD.split(lengths, 2), strict=True
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return the (length, length) mask of a sliding window, or None when it hides nothing."""
+    if sliding_window is None or sliding_window >= length:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def _has_varlen(query: torch.Tensor, dropout: float) -> bool:
+    """FlashAttention's variable-length kernel needs Ampere or later, half precision, heads of at most 256."""
+    return (
+        query.is_cuda
+        and dropout == 0
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    cu_seqlens: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(lengths)
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)
+    return output.unsqueeze(0)
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let the language model of a stock Llava use `packed_attention`; the tower keeps SDPA."""
+    AttentionInterface.register(PACKED, packed_attention)
+    model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
+
+
+@contextmanager
+def stock_attention(model: Any) -> Iterator[None]:
+    """Within the block the language model uses plain SDPA, as `generate` needs; afterwards what it used before."""
+    config = model.model.language_model.config
+    before = config._attn_implementation
+    model.set_attn_implementation({"text_config": "sdpa"})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})

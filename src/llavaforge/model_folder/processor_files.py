@@ -1,0 +1,86 @@
+"""The files of a model folder that make its inputs: tokenizer, chat template and image processor.
+
+Comes in: a `LlavaProcessor`. Goes out: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`,
+`processor_config.json` and `preprocessor_config.json`. Called by `write.py`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaProcessor
+
+from llavaforge.model_folder.chat_template import accepting_strings_and_lists
+
+# Class names that transformers 4 does not know, and the ones that mean the same to both.
+_TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
+
+
+def write_processor(folder: Path, processor: LlavaProcessor) -> None:
+    """Write every file that `AutoProcessor.from_pretrained` of transformers 4 and 5 reads.
+
+    The tokenizer's fields come last: a save by transformers drops those that transformers 4 and the seed want.
+    """
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    if isinstance(template, str):
+        accepting = accepting_strings_and_lists(template, tokenizer.special_tokens_map)
+        (folder / "chat_template.jinja").write_text(accepting)
+    _write_json(folder / "preprocessor_config.json", _preprocessor_json(processor))
+    _write_json(folder / "processor_config.json", _processor_json(processor))
+    _write_tokenizer_fields(folder / "tokenizer_config.json", processor)
+
+
+def _processor_json(processor: LlavaProcessor) -> dict[str, Any]:
+    # Flat: transformers 5 also reads an image processor nested in here, over which transformers 4 stumbles.
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": processor.image_token,
+        "patch_size": processor.patch_size,
+        "vision_feature_select_strategy": processor.vision_feature_select_strategy,
+        "num_additional_image_tokens": processor.num_additional_image_tokens,
+    }
+
+
+def _preprocessor_json(processor: LlavaProcessor) -> dict[str, Any]:
+    content = dict(processor.image_processor.to_dict())
+    name = type(processor.image_processor).__name__
+    for ending in ("Pil", "Fast"):  # the same processor on another backend; readers choose their own
+        name = name.removesuffix(ending)
+    return content | {"image_processor_type": name, "processor_class": "LlavaProcessor"}
+
+
+def _write_tokenizer_fields(path: Path, processor: LlavaProcessor) -> None:
+    """Write the three fields of special tokens.
+
+    `additional_special_tokens` and `added_tokens_decoder` are what the seed shows. `extra_special_tokens` is a dict:
+    transformers 4 fails on a list, and 5 reads `additional_special_tokens` only beside a dict or nothing.
+    """
+    tokenizer, image_token = processor.tokenizer, processor.image_token
+    content = json.loads(path.read_text())
+    for key in ("extra_special_tokens", "model_specific_special_tokens", "is_local", "local_files_only", "backend"):
+        content.pop(key, None)
+    name = content["tokenizer_class"]
+    content["tokenizer_class"] = _TOKENIZER_CLASSES.get(name, name)
+    content["processor_class"] = "LlavaProcessor"
+    content["added_tokens_decoder"] = {
+        str(number): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
+    extra = [str(token) for token in tokenizer.extra_special_tokens]
+    content["additional_special_tokens"] = extra if image_token in extra else [*extra, image_token]
+    content["extra_special_tokens"] = {"image_token": image_token}
+    content["image_token"] = image_token
+    _write_json(path, content)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+"""Read the small files of a model folder: config, processor, generation config. Never runs code of a folder.
+
+Comes in: a folder written by us or in llava-hf's style. Goes out: transformers' objects, complete. Called by the
+writers, by `verify.py` and by training.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProcessor
+
+from llavaforge.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Tokens that a tower yields besides its patches: CLIP has a class token, SigLIP has none.
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's content, which is a mapping.
+
+    Raises:
+        UserError: it is absent or damaged, or asks for code of its own (`auto_map`), which is never run.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing. Give a folder as `save_pretrained` or a hub download leaves it.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def refuse_remote_code(folder: Path) -> None:
+    """Check that no file of the folder asks for code of its own.
+
+    Raises:
+        UserError: one does.
+    """
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file() and read_json(folder / name).get("auto_map"):
+            raise UserError(
+                f"{folder / name}: asks for code of its own (`auto_map`), which is never run. "
+                "Give a model whose architecture is part of transformers."
+            )
+
+
+def read_config(folder: Path) -> LlavaConfig:
+    """Return the config of a LLaVA folder.
+
+    Raises:
+        UserError: it is missing, or is no LLaVA's.
+    """
+    content = read_json(folder / "config.json")
+    refuse_remote_code(folder)
+    if content.get("model_type") != "llava":
+        raise UserError(
+            f"{folder}: is a `{content.get('model_type')}`, not a LLaVA. "
+            "Join a vision tower and a language model with `llavaforge customize-model`."
+        )
+    return LlavaConfig.from_pretrained(folder)
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """Return a folder's generation config, or an empty one (which the writer completes)."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig()
+
+
+def read_processor(folder: Path) -> LlavaProcessor:
+    """Return the processor of a LLaVA folder, with what old folders lack filled in from the config.
+
+    Raises:
+        UserError: tokenizer or image processor is missing.
+    """
+    for name, what in (("tokenizer_config.json", "tokenizer"), ("preprocessor_config.json", "image processor")):
+        nested = folder / "processor_config.json"  # where transformers 5 keeps the image processor
+        if not (folder / name).is_file() and (name.startswith("tokenizer") or not nested.is_file()):
+            raise UserError(
+                f"{folder}: has no processor ({name}, the {what}, is missing). Copy the processor's files of the model "
+                "it was made from into it, or write the folder anew with `llavaforge customize-model`."
+            )
+    refuse_remote_code(folder)
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: the processor does not load: {error}") from None
+    if not isinstance(processor, LlavaProcessor):
+        raise UserError(f"{folder}: holds a {type(processor).__name__}, not a complete LlavaProcessor.")
+    _complete(processor, folder)
+    return processor
+
+
+def _complete(processor: LlavaProcessor, folder: Path) -> None:
+    """Fill in what llava-hf folders from before transformers 4.46 lack."""
+    config = read_config(folder)
+    if processor.patch_size is None or processor.vision_feature_select_strategy is None:
+        log.warning("%s: the processor's patch size and feature selection are filled in from config.json.", folder)
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = CLASS_TOKENS.get(config.vision_config.model_type, 0)

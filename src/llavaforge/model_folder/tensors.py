@@ -1,0 +1,256 @@
+"""Read and write files of tensors without ever holding a whole model.
+
+Comes in: a folder with `model.safetensors`, shards with an index, or `pytorch_model.bin`; or a stream of
+named tensors. Goes out: a lazy mapping from name to tensor; or files under Hugging Face's names. Called by
+the join, by the writers of model folders and by checkpoints (which use another stem than `model`).
+"""
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llavaforge.errors import UserError
+
+MAX_SHARD_BYTES = 2 * 1000**3
+# A file mapped by torch.load keeps every page it touched; mapping it anew after this many bytes lets them go.
+_REMAP_BYTES = 64 * 1000**2
+_BLOCK_BYTES = 16 * 1000**2
+
+
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """A lazy mapping from tensor name to tensor; each access reads that tensor alone and caches nothing."""
+
+    def __init__(self, folder: Path, files: "list[_SafetensorsFile | _PickleFile]") -> None:
+        self.folder = folder
+        self._file_of: dict[str, _SafetensorsFile | _PickleFile] = {}
+        for file in files:
+            for name in file.shapes:
+                if name in self._file_of:
+                    first = self._file_of[name].path.name
+                    raise UserError(f"{folder}: tensor `{name}` is both in {first} and in {file.path.name}.")
+                self._file_of[name] = file
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file_of[name].read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._file_of
+
+    def converted(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor in another type, converting a block of rows at a time.
+
+        An embedding of 1.6 GB in float32 would else stand whole beside its copy.
+        """
+        file, shape = self._file_of[name], self.shape(name)
+        if file.dtypes[name] == dtype or not shape:
+            return file.read(name).to(dtype)
+        whole = torch.empty(shape, dtype=dtype)
+        num_rows = max(1, _BLOCK_BYTES * shape[0] // max(1, whole.nbytes))
+        for start in range(0, shape[0], num_rows):
+            stop = min(start + num_rows, shape[0])
+            whole[start:stop] = file.read_rows(name, start, stop)
+        return whole
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data."""
+        return self._file_of[name].shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type without reading its data."""
+        return self._file_of[name].dtypes[name]
+
+
+def open_tensors(folder: Path, stem: str = "model") -> TensorFiles:
+    """Open the tensors of a folder.
+
+    Args:
+        folder: holds `{stem}.safetensors` or its shards; for the stem `model` also `pytorch_model.bin` or its
+            shards, which are read with `weights_only=True`.
+        stem: first part of the files' names.
+
+    Raises:
+        UserError: no such file, a shard is missing or unreadable, or a .bin file holds more than tensors.
+    """
+    paths = _find(folder, stem)
+    files = [_SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path) for path in paths]
+    return TensorFiles(folder, files)
+
+
+def open_pickle(path: Path) -> TensorFiles:
+    """Open one file of `torch.save`, such as LLaVA's `mm_projector.bin`, with `weights_only=True`.
+
+    Raises:
+        UserError: the file is unreadable or holds more than tensors.
+    """
+    return TensorFiles(path.parent, [_PickleFile(path)])
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Write a stream of tensors as `{stem}.safetensors`, or as shards with an index; hold one shard at most.
+
+    Args:
+        folder: an existing folder.
+        stem: first part of the files' names.
+        tensors: names and tensors, in the order in which they are stored.
+        max_shard_bytes: a shard is closed before it grows past this (a larger tensor gets its own shard).
+
+    Returns:
+        The files that hold tensors, in order.
+    """
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
+    shard_bytes, total_bytes = 0, 0
+    for name, tensor in tensors:
+        assert name not in seen, f"tensor {name} is written twice"
+        seen.add(name)
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            shards.append(_save_shard(folder, stem, len(shards), shard))
+            shard, shard_bytes = {}, 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+        del tensor
+    shards.append(_save_shard(folder, stem, len(shards), shard))
+    return _name_shards(folder, stem, shards, total_bytes)
+
+
+class _SafetensorsFile:
+    """One safetensors file. It is opened anew for each tensor, so that pages are let go with the tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    stored = file.get_slice(name)
+                    self.shapes[name] = tuple(stored.get_shape())
+                    self.dtypes[name] = _DTYPES[stored.get_dtype()]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}). Download or copy it again.") from None
+        except KeyError as error:
+            raise UserError(f"{path}: tensor `{name}` has the type {error}; quantised weights are not taken.") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_slice(name)[start:stop]
+
+
+class _PickleFile:
+    """One file of `torch.save`, memory-mapped, unpickled with `weights_only=True`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._read_bytes = _REMAP_BYTES
+        tensors = self._map()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._counted(name, slice(None) if self.shapes[name] else ...)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._counted(name, slice(start, stop))
+
+    def _counted(self, name: str, rows: slice | EllipsisType) -> torch.Tensor:
+        if self._read_bytes >= _REMAP_BYTES:
+            self._tensors, self._read_bytes = self._map(), 0
+        tensor = self._tensors[name][rows]
+        self._read_bytes += tensor.nbytes
+        return tensor
+
+    def _map(self) -> dict[str, torch.Tensor]:
+        try:
+            loaded = _load_pickle(self.path)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            first_line = str(error).splitlines()[0]
+            raise UserError(
+                f"{self.path}: cannot be read safely as tensors ({first_line}). "
+                "Give safetensors files, or a .bin written by torch.save that holds tensors only."
+            ) from None
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise UserError(f"{self.path}: expected a dict from name to tensor, as `torch.save(state_dict)` writes.")
+        return loaded
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format of torch < 1.6 cannot be mapped
+
+
+def _find(folder: Path, stem: str) -> list[Path]:
+    bases = [f"{stem}.safetensors", *(["pytorch_model.bin"] if stem == "model" else [])]
+    for base in bases:
+        index = folder / f"{base}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (folder / base).is_file():
+            return [folder / base]
+    raise UserError(f"{folder}: holds no weights; expected {' or '.join(bases)} (or shards with an index).")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{index}: not an index of shards (JSON with a `weight_map`).") from None
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: missing, but {index.name} names it. Download or copy it again.")
+    return [index.parent / name for name in names]
+
+
+def _save_shard(folder: Path, stem: str, number: int, shard: dict[str, torch.Tensor]) -> list[str]:
+    save_file(shard, folder / f"{stem}-{number + 1:05d}.safetensors", metadata={"format": "pt"})
+    return list(shard)
+
+
+def _name_shards(folder: Path, stem: str, shards: list[list[str]], total_bytes: int) -> list[Path]:
+    """Give the shards their final names, now that their number is known, and write the index."""
+    num_shards = len(shards)
+    paths: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        final = f"{stem}-{number:05d}-of-{num_shards:05d}.safetensors" if num_shards > 1 else f"{stem}.safetensors"
+        paths.append((folder / f"{stem}-{number:05d}.safetensors").rename(folder / final))
+        weight_map.update(dict.fromkeys(names, final))
+    if num_shards > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return paths
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip

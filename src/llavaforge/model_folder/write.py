@@ -1,0 +1,188 @@
+"""The only writer of model folders: `customize-model`, a run's `final` and `export` all end here.
+
+Comes in: a config, a processor and a stream of tensors; or an existing folder and what changed in it. Goes out: a
+folder that transformers 4 and 5, vLLM, SGLang and mlx open, published whole or not at all.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
+
+from llavaforge.checkpoint.publish import publishing, sync_path
+from llavaforge.errors import UserError
+from llavaforge.model_folder.config_files import config_json, generation_json
+from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name
+from llavaforge.model_folder.processor_files import write_processor
+from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
+from llavaforge.model_folder.tensors import MAX_SHARD_BYTES, TensorFiles, open_tensors, write_shards
+
+Change = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def write_model_folder(
+    output_dir: Path,
+    *,
+    config: LlavaConfig,
+    processor: LlavaProcessor,
+    generation_config: GenerationConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    check: Callable[[Path], None] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model folder and publish it atomically.
+
+    Args:
+        output_dir: an absent or empty folder, or with `overwrite` a model folder to replace.
+        config: `dtype` names the type that readers load by default.
+        processor: image processor, tokenizer with `<image>`, and chat template.
+        generation_config: eos, pad and `suppress_tokens` are completed.
+        tensors: file names (`to_file_name`) and tensors; read once, one shard in memory at most.
+        overwrite: replace an existing model folder, once the new one is complete.
+        max_shard_bytes: largest file of tensors.
+        check: called with the complete folder before it is published; what it raises stops the publishing.
+        extra_files: further text files, by name.
+
+    Raises:
+        UserError: `output_dir` is not empty and `overwrite` was not given, or holds something else than a model.
+    """
+    with _publishing(output_dir, overwrite) as folder:
+        _write_json(folder / "config.json", config_json(config))
+        generation = generation_json(config, generation_config, processor)
+        _write_json(folder / "generation_config.json", generation)
+        write_shards(folder, "model", tensors, max_shard_bytes)
+        write_processor(folder, processor)
+        for name, text in (extra_files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        if check is not None:
+            check(folder)
+
+
+def update_model_folder(
+    output_dir: Path,
+    base: Path,
+    changed: Change,
+    overwrite: bool = False,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder that equals `base` but for some tensors.
+
+    Args:
+        output_dir: as in `write_model_folder`.
+        base: a model folder of ours or of llava-hf's; names and files are normalised on the way.
+        changed: new tensors by in-memory name, or a function `(in-memory name, base tensor) -> tensor`, which returns
+            its argument for what stays. New tensors are cast to the base's type; the others keep their bytes.
+        overwrite: as in `write_model_folder`.
+        extra_files: as in `write_model_folder`.
+
+    Raises:
+        UserError: `base` is no complete model folder, or `output_dir` cannot be written.
+        ValueError: `changed` names a tensor that `base` lacks, or has another shape.
+    """
+    files = open_tensors(base)
+    modules = {to_module_name(name): name for name in files if not is_buffer(name)}
+    if isinstance(changed, Mapping):
+        unknown = sorted(set(changed) - set(modules))
+        if unknown:
+            raise ValueError(f"{base} has no tensor `{unknown[0]}` ({len(unknown)} such names)")
+    write_model_folder(
+        output_dir,
+        config=read_config(base),
+        processor=read_processor(base),
+        generation_config=read_generation_config(base),
+        tensors=_updated(files, modules, changed),
+        overwrite=overwrite,
+        extra_files=extra_files,
+    )
+
+
+def check_output_dir(output_dir: Path, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """Check, before any work is done, that `output_dir` may be written.
+
+    Args:
+        output_dir: where a model folder is to be written.
+        overwrite: whether a model folder there may be replaced.
+        sources: folders that are read; none of them may be inside `output_dir`.
+
+    Raises:
+        UserError: it may not.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir}: is a file. Give another --output_dir.")
+    inside = [source for source in sources if source.resolve().is_relative_to(output_dir.resolve())]
+    if inside:
+        raise UserError(f"{output_dir}: writing there would replace {inside[0]}, which is read. Give another folder.")
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{output_dir}: is not empty. Give another --output_dir, or --overwrite to replace it.")
+    if not (output_dir / "config.json").is_file():
+        raise UserError(f"{output_dir}: --overwrite replaces a model folder only, and this has no config.json.")
+
+
+@contextmanager
+def _publishing(output_dir: Path, overwrite: bool) -> Iterator[Path]:
+    """Publish atomically; with `overwrite`, take the old folder away only when the new one is complete."""
+    check_output_dir(output_dir, overwrite)
+    output_dir = output_dir.absolute()
+    _remove_leftovers(output_dir)
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        with publishing(output_dir) as folder:
+            yield folder
+        return
+    new = output_dir.with_name(f"{output_dir.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    with publishing(new) as folder:
+        yield folder
+    old = output_dir.with_name(f"{output_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    # Between these two renames the model is there under `.new`, complete.
+    os.rename(output_dir, old)
+    os.rename(new, output_dir)
+    sync_path(output_dir.parent)
+    shutil.rmtree(old)
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Remove what a process that was killed while it wrote this very folder has left beside it."""
+    if not output_dir.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.tmp-(\d+)-{re.escape(output_dir.name)}(\.new)?")
+    for leftover in output_dir.parent.iterdir():
+        match = pattern.fullmatch(leftover.name)
+        if match and not _is_running(int(match[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
+
+
+def _updated(files: TensorFiles, modules: Mapping[str, str], changed: Change) -> Iterator[tuple[str, torch.Tensor]]:
+    for module_name, stored_name in modules.items():
+        tensor = files[stored_name]
+        if isinstance(changed, Mapping):
+            new = changed.get(module_name, tensor)
+        else:
+            new = changed(module_name, tensor)
+        if new.shape != tensor.shape:
+            raise ValueError(f"`{module_name}`: {tuple(new.shape)} instead of {tuple(tensor.shape)}")
+        yield to_file_name(module_name), new.detach().to("cpu", tensor.dtype)
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""The trainability contract: what learns is shown before step 1, and proved after the second step that moves.
+
+(Two steps: LoRA's A has no gradient before B has moved.) Every part that should learn must have moved in its float32
+masters; no frozen tensor may have changed. The commonest silent faults of LLaVA training end here: a projector that
+stays random, a "frozen" tower that trains, rates that are ignored.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from llavaforge.data.sample import Sample
+from llavaforge.engine.base import Engine
+from llavaforge.model.trainable import Group
+
+STEPS_BEFORE_PROOF = 2
+
+
+class ContractError(RuntimeError):
+    """What should have moved did not, or what is frozen did: the run is stopped."""
+
+
+class Contract:
+    """Remembers the state before training and compares.
+
+    Args:
+        model: the stock Llava after `select`.
+        groups: what learns.
+        engine: prepared, for the float32 masters. All ranks build and prove together.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], engine: Engine) -> None:
+        self._engine = engine
+        self._part = {name: group.part for group in groups for name in group.parameters}
+        self._frozen = {n: p for n, p in model.named_parameters() if n not in self._part}
+        self._frozen_before = {name: checksum(tensor) for name, tensor in self._frozen.items()}
+        self._masters_before = self._masters()
+
+    def prove(self) -> None:
+        """Compare with the state at construction.
+
+        Raises:
+            ContractError: names the parts or tensors at fault.
+        """
+        changed = [n for n, before in self._frozen_before.items() if checksum(self._frozen[n]) != before]
+        if changed:
+            raise ContractError(f"{len(changed)} frozen tensors changed, for example {changed[0]}.")
+        masters = self._masters()
+        moved = {self._part[name] for name, before in self._masters_before.items() if masters[name] != before}
+        still = sorted(set(self._part.values()) - moved)
+        if still:
+            raise ContractError(
+                f"{', '.join(still)} should learn but did not move in {STEPS_BEFORE_PROOF} steps. "
+                "Is its learning rate zero, or does no sample reach it (no images)?"
+            )
+
+    def _masters(self) -> dict[str, int]:
+        return {name: checksum(weight) for name, weight in self._engine.masters()}
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Return the sum of a tensor's bit patterns; any change of one element changes it."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(words).sum(dtype=torch.int64))
+
+
+def show_groups(groups: Sequence[Group], num_total: int, console: Console) -> None:
+    """Print the table of what learns."""
+    table = Table(title="What learns", title_justify="left")
+    for heading in ("part", "parameters", "peak learning rate"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part in dict.fromkeys(group.part for group in groups):
+        mine = [group for group in groups if group.part == part]
+        number = sum(group.num_parameters for group in mine)
+        table.add_row(part, f"{number:,}", f"{mine[0].learning_rate:g}")
+    learning = sum(group.num_parameters for group in groups)
+    table.add_section()
+    table.add_row("all that learns", f"{learning:,}", f"{learning / num_total:.2%} of {num_total:,}")
+    console.print(table)
+
+
+def show_sample(sample: Sample, decode: Callable[[list[int]], str], console: Console) -> None:
+    """Print one sample as the model sees it, the supervised text marked in green."""
+    text = Text()
+    for supervised, ids in _runs(sample):
+        text.append(decode(ids), style="black on green" if supervised else "")
+    console.print(
+        Text(f"One sample ({sample.length} tokens, {sample.num_supervised} supervised, marked):", style="bold")
+    )
+    console.print(text)
+
+
+def _runs(sample: Sample) -> Iterable[tuple[bool, list[int]]]:
+    start = 0
+    borders = sample.supervised_spans
+    for first, last in zip(borders[::2], borders[1::2], strict=True):
+        yield False, sample.ids[start:first]
+        yield True, sample.ids[first:last]
+        start = last
+    yield False, sample.ids[start:]

@@ -1,0 +1,274 @@
+"""The loop: packs in, optimizer steps, held-out loss, checkpoints, a graceful stop.
+
+Comes in: everything that `train/run.py` opened. Goes out: the run's result. All ranks run the same code; what
+differs between engines is in `engine/`.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+
+from llavaforge.checkpoint import state as checkpoints
+from llavaforge.checkpoint.resume import find_checkpoint
+from llavaforge.config.schema import TrainConfig
+from llavaforge.data.index import SampleIndex
+from llavaforge.data.loader import PackDataset, loading
+from llavaforge.data.pack import Pack
+from llavaforge.data.plan import MicroBatch, Plan, in_order
+from llavaforge.data.sample import Sample
+from llavaforge.engine.base import AdamWOptions, Engine
+from llavaforge.errors import StoppedEarly, UserError
+from llavaforge.model.flops import FlopCounter
+from llavaforge.model.load import LoadedModel, compute_dtype
+from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import LEARNS, learning_rate, select
+from llavaforge.train.contract import STEPS_BEFORE_PROOF, Contract, show_groups, show_sample
+from llavaforge.train.metrics import MetricsFile, ProgressBar, draw_curve, peak_flops
+from llavaforge.train.schedule import rate_factor, warmup
+from llavaforge.train.signals import StopRequest
+from llavaforge.train.state import TrainState
+from llavaforge.train.trackers import open_tracker
+
+logger = logging.getLogger(__name__)
+
+_MOST_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out data: an index and the rows of it that are evaluated."""
+
+    index: SampleIndex
+    rows: npt.NDArray[np.int64]
+
+
+class Trainer:
+    """One stage of training.
+
+    Args:
+        config: the stage.
+        engine: not yet prepared.
+        loaded: the model to train; its parameters are frozen or freed here.
+        index: training samples.
+        plan: their order.
+        held_out: what the held-out loss is measured on, or None.
+        run: written into every checkpoint.
+        console: for tables (quiet on all ranks but 0).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        loaded: LoadedModel,
+        index: SampleIndex,
+        plan: Plan,
+        held_out: HeldOut | None,
+        run: dict[str, Any],
+        console: Console,
+    ) -> None:
+        self._config, self._engine, self._loaded, self._index = config, engine, loaded, index
+        self._plan, self._held_out, self._run, self._console = plan, held_out, run, console
+        self._state = TrainState()
+        self._dtype = compute_dtype(config.bf16)
+        self._warmup = warmup(plan.num_steps, config.warmup_ratio, config.warmup_steps)
+        self._skipped_in_a_row = 0
+
+    def take_up(self) -> None:
+        """Choose what learns, prepare the engine, go on from a checkpoint, show the contract."""
+        config, model = self._config, self._loaded.model
+        groups = select(model, config)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        step_module = StepModule(model, self._loaded.preprocessing, config.gradient_checkpointing)
+        self._flops = FlopCounter.of(model, self._loaded.num_image_tokens)
+        options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
+        self._engine.prepare(step_module, groups, options, self._dtype)
+        folder = find_checkpoint(
+            config.output_dir, config.resume_from_checkpoint, self._run, is_writer=self._engine.rank == 0
+        )
+        if folder is not None:
+            self._state = TrainState(**checkpoints.load_train_state(folder))
+            applied = self._state.step - self._state.num_skipped
+            self._engine.restore(checkpoints.load_parameter_states(folder), applied)
+            logger.info("going on from %s", folder)
+        show_groups(groups, num_parameters, self._console)
+        self._show_first_sample()
+        self._contract = Contract(model, groups, self._engine)
+        self._prove_at = self._state.num_moving_steps + STEPS_BEFORE_PROOF
+
+    def train(self) -> dict[str, Any]:
+        """Take all steps that are left.
+
+        Returns:
+            The JSON line of `llavaforge train`.
+        """
+        config, engine, plan = self._config, self._engine, self._plan
+        peak = peak_flops(engine.device, self._dtype) * engine.world_size
+        writer = MetricsFile(config.output_dir, self._state.step) if engine.rank == 0 else None
+        order = plan.iterate(engine.rank, self._state.step)
+        with (
+            StopRequest() as stop,
+            loading(self._dataset(self._index), order, config.dataloader_num_workers, self._pins()) as packs,
+            ProgressBar(plan.num_steps, self._state.step, quiet=engine.rank > 0) as bar,
+            open_tracker(config.report_to if engine.rank == 0 else "none", config.output_dir) as tracker,
+        ):
+            while self._state.step < plan.num_steps:
+                begin = time.perf_counter()
+                step_packs, fault = self._fetch(packs)
+                self._agree(fault, stop)
+                line = self._step(step_packs)
+                line |= self._measure(step_packs, time.perf_counter() - begin, line["loss"], peak)
+                if self._is_due(config.eval_steps) and self._held_out is not None:
+                    line["eval_loss"] = self._state.eval_loss = self._evaluate()
+                if self._is_due(config.logging_steps) or "eval_loss" in line:
+                    bar.update(line["step"], line["loss"], line["tokens_per_s"])
+                    tracker(line)
+                    if writer is not None:
+                        writer.write(**line)
+                if self._is_due(config.save_steps):
+                    self._save()
+        if self._held_out is not None and self._state.eval_loss is None:
+            self._state.eval_loss = self._evaluate()
+        self._draw()
+        return self._result(peak)
+
+    def _step(self, packs: list[Pack]) -> dict[str, Any]:
+        """Do one optimizer step and return its line of metrics; the loss is that of the whole global batch."""
+        config, state = self._config, self._state
+        num_supervised = packs[0].source.num_supervised_in_step
+        # Dropout differs per step and rank but not between a resumed and an uninterrupted run.
+        torch.manual_seed((config.seed << 32) + state.step * self._engine.world_size + self._engine.rank)
+        loss_sum = sum(self._engine.micro_step(pack, 1.0 / num_supervised) for pack in packs)
+        factor = rate_factor(state.step, self._plan.num_steps, self._warmup, config.lr_scheduler_type)
+        result = self._engine.step(factor)
+        loss_sum = self._engine.sum([loss_sum])[0]
+        self._count_skips(result.skipped)
+        if not result.skipped:
+            state.loss_sum += loss_sum
+            state.num_supervised += num_supervised
+        state.step += 1
+        state.num_samples += self._plan.global_batch_size
+        state.num_moving_steps += factor > 0
+        if state.num_moving_steps == self._prove_at and factor > 0:
+            self._contract.prove()
+            logger.info("contract proved after step %d: what should learn moved, what is frozen did not", state.step)
+        return {
+            "step": state.step,
+            "epoch": round(state.num_samples / len(self._plan.samples), 4),
+            "loss": loss_sum / num_supervised,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate(config, LEARNS[config.train_type][-1]) * factor,
+            "num_supervised": num_supervised,
+        }
+
+    def _measure(self, packs: list[Pack], seconds: float, loss: float, peak: float) -> dict[str, Any]:
+        flops = sum(self._flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
+        tokens, flops = self._engine.sum([sum(pack.num_tokens for pack in packs), flops])
+        self._state.num_tokens += int(tokens)
+        self._state.model_flops += flops
+        self._state.train_time_s += seconds
+        return {
+            "num_tokens": int(tokens),
+            "step_time_s": seconds,
+            "samples_per_s": self._plan.global_batch_size / seconds,
+            "tokens_per_s": tokens / seconds,
+            "mfu": flops / seconds / peak,
+        }
+
+    def _fetch(self, packs: Iterator[Pack]) -> tuple[list[Pack], UserError | None]:
+        """Return all packs of the next step, or the fault that one of them has."""
+        fetched: list[Pack] = []
+        try:
+            while not fetched or not fetched[-1].source.is_last_of_step:
+                fetched.append(next(packs))
+        except UserError as error:
+            return [], error
+        return fetched, None
+
+    def _agree(self, fault: UserError | None, stop: StopRequest) -> None:
+        """Stop on all ranks when one must: save first, so that nothing is lost."""
+        num_faults, code = self._engine.sum([float(fault is not None), float(stop.exit_code)])
+        if not num_faults and not code:
+            return
+        where = self._save()
+        self._draw()
+        if num_faults:
+            remedy = f"\nThe {self._state.step} steps done so far are saved in {where}; mend the data and start again."
+            raise UserError(f"{fault or 'another process found a faulty sample'}{remedy}")
+        exit_code = stop.exit_code or int(code)
+        raise StoppedEarly(f"stopped after step {self._state.step}; start again to go on from {where}", exit_code)
+
+    def _count_skips(self, skipped: bool) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        self._state.num_skipped += 1
+        logger.warning("step %d skipped: its gradient is not finite", self._state.step)
+        if self._skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{_MOST_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite: lower the learning rate, "
+                "or train with --bf16 false to see whether the model or the precision is at fault."
+            )
+
+    def _evaluate(self) -> float:
+        """Return the held-out loss per supervised token."""
+        assert self._held_out is not None
+        index, rows = self._held_out.index, self._held_out.rows
+        config, engine = self._config, self._engine
+        batches = in_order(index.lengths, rows, config.per_device_train_batch_size, config.max_tokens_per_batch)
+        mine = [MicroBatch(0, batch, True, 0) for batch in batches[engine.rank :: engine.world_size]]
+        with loading(self._dataset(index), mine, config.dataloader_num_workers, self._pins()) as packs:
+            sums = [(engine.loss_sum(pack), pack.num_supervised) for pack in packs]
+        loss, count = engine.sum([sum(loss for loss, _ in sums), sum(count for _, count in sums)])
+        return loss / count
+
+    def _save(self) -> Path:
+        return checkpoints.save(
+            self._config.output_dir,
+            self._engine,
+            self._state.step,
+            self._state.as_json(),
+            self._run,
+            self._config.save_total_limit,
+        )
+
+    def _draw(self) -> None:
+        if self._engine.rank == 0:
+            draw_curve(self._config.output_dir)
+
+    def _is_due(self, every: int) -> bool:
+        return bool(every) and (self._state.step % every == 0 or self._state.step == self._plan.num_steps)
+
+    def _dataset(self, index: SampleIndex) -> PackDataset:
+        loaded = self._loaded
+        return PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens)
+
+    def _pins(self) -> bool:
+        return self._engine.device.type == "cuda"
+
+    def _show_first_sample(self) -> None:
+        row = self._index.row(int(self._plan.global_batch(0)[0]))
+        sample = Sample(row["ids"], row["supervised_spans"], row["length"])
+        show_sample(sample, self._loaded.processor.tokenizer.decode, self._console)
+
+    def _result(self, peak: float) -> dict[str, Any]:
+        state, seconds = self._state, max(self._state.train_time_s, math.ulp(1.0))
+        return {
+            "output_dir": str(self._config.output_dir),
+            "global_step": state.step,
+            "train_loss": state.train_loss,
+            "eval_loss": state.eval_loss,
+            "samples_per_s": state.num_samples / seconds,
+            "tokens_per_s": state.num_tokens / seconds,
+            "mfu": state.model_flops / seconds / peak,
+            "peak_memory_bytes": self._engine.peak_memory_bytes(),
+        }

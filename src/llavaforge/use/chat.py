@@ -1,0 +1,73 @@
+"""`llavaforge chat`: one answer with `--prompt`, else a session on the terminal."""
+
+import sys
+
+import torch
+
+from llavaforge.checkpoint.trained import open_model
+from llavaforge.config.schema import ChatConfig, SampleOptions
+from llavaforge.data.images import Pixels, decode
+from llavaforge.data.records import IMAGE_PLACEHOLDER, Turn
+from llavaforge.engine.plain import cast_parameters
+from llavaforge.errors import UserError
+from llavaforge.model.attention import use_packed_attention
+from llavaforge.model.load import LoadedModel, compute_dtype
+from llavaforge.use.generate import Answerer, Question
+
+
+def chat(config: ChatConfig) -> None:
+    """Answer one prompt, or every line typed until an empty one; answers go to stdout.
+
+    Raises:
+        UserError: the model or the image is at fault.
+    """
+    loaded = open_model(config.model_name_or_path)
+    cast_parameters(loaded.model, compute_dtype("auto"))
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    use_packed_attention(loaded.model)
+    torch.manual_seed(config.seed)
+    pixels = _pixels(loaded, config)
+    options = SampleOptions(system_prompt=config.system_prompt)
+    answerer = Answerer(loaded, options, config.max_new_tokens, config.temperature)
+    if config.prompt is not None:
+        _say(answerer([Question((_first_turn(config.prompt, pixels),), pixels)])[0])
+        return
+    _session(answerer, pixels)
+
+
+def _session(answerer: Answerer, pixels: Pixels | None) -> None:
+    """Keep the conversation going until an empty line or the end of the input."""
+    turns: list[Turn] = []
+    sys.stderr.write("Ask; an empty line ends the session.\n")
+    while True:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        turns.append(Turn("user", line) if turns else _first_turn(line, pixels))
+        answer = answerer([Question(tuple(turns), pixels)])[0]
+        turns.append(Turn("assistant", answer))
+        _say(answer)
+
+
+def _first_turn(prompt: str, pixels: Pixels | None) -> Turn:
+    """Put the image before the first prompt, where LLaVA's data has it most often, unless the user placed it."""
+    if pixels is None and IMAGE_PLACEHOLDER in prompt:
+        raise UserError("the prompt has `<image>` but there is no image: give --image FILE.")
+    if pixels is not None and IMAGE_PLACEHOLDER not in prompt:
+        prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
+    return Turn("user", prompt)
+
+
+def _pixels(loaded: LoadedModel, config: ChatConfig) -> Pixels | None:
+    if config.image is None:
+        return None
+    if not config.image.is_file():
+        raise UserError(f"{config.image}: no such image (--image).")
+    return loaded.preprocessing(decode(config.image.read_bytes(), str(config.image)))
+
+
+def _say(answer: str) -> None:
+    sys.stdout.write(answer + "\n")
+    sys.stdout.flush()

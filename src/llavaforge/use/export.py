@@ -1,0 +1,102 @@
+"""`llavaforge export`: from a checkpoint to a plain transformers folder that is proved to be the trained model.
+
+Comes in: a checkpoint-N or a `final`. Goes out: a model folder, and the largest difference between its logits under
+plain transformers and those of the trained model (LoRA unmerged) on a real sample.
+"""
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llavaforge.checkpoint.trained import Trained, merge, open_model, read_trained
+from llavaforge.config.schema import ExportConfig
+from llavaforge.data.images import decode, find_images
+from llavaforge.data.records import find_data_file, read_records
+from llavaforge.errors import UserError
+from llavaforge.model_folder.read import read_processor
+from llavaforge.model_folder.verify import load_verified
+from llavaforge.model_folder.write import update_model_folder
+
+logger = logging.getLogger(__name__)
+
+# Largest difference allowed, as a share of the largest logit: for float32 rounding alone; for half precision a merged
+# LoRA rounds each weight once more (2^-9 relative for bfloat16), which through tens of layers stays below this.
+_BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write and verify the exported model.
+
+    Returns:
+        output_dir, max_logit_difference.
+
+    Raises:
+        UserError: the checkpoint is at fault, or `output_dir` is not empty.
+        RuntimeError: the exported folder does not compute what was trained; it is left in place for inspection.
+    """
+    trained = read_trained(config.checkpoint) if config.checkpoint.is_dir() else None
+    if trained is None:
+        _check_plain(config.checkpoint)
+        update_model_folder(config.output_dir, config.checkpoint, {}, overwrite=config.overwrite)
+    else:
+        merge(config.output_dir, trained, overwrite=config.overwrite)
+    inputs = _real_sample(config.output_dir, trained)
+    expected = _logits(open_model(str(config.checkpoint)).model, inputs)
+    gc.collect()  # one model at a time
+    found = _logits(load_verified(config.output_dir), inputs)
+    difference = float((expected.float() - found.float()).abs().max())
+    bound = _BOUND[expected.dtype] * max(1.0, float(expected.abs().max()))
+    if not difference <= bound:
+        raise RuntimeError(
+            f"{config.output_dir}: logits differ from the trained model's by {difference:.3g}, more than {bound:.3g}."
+        )
+    logger.info("verified: plain transformers gives the trained model's logits (largest difference %.2g)", difference)
+    return {"output_dir": str(config.output_dir), "max_logit_difference": difference}
+
+
+def _check_plain(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: neither a checkpoint-N nor a final. Give one of a run's output_dir.")
+
+
+def _real_sample(folder: Path, trained: Trained | None) -> dict[str, torch.Tensor]:
+    """Return a processor's output for an image and its question: of the training data when it is at hand."""
+    processor = read_processor(folder)
+    image, question = _first_image(trained) or (_noise(), "What is in this image?")
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return dict(processor(images=image, text=text, return_tensors="pt"))
+
+
+def _first_image(trained: Trained | None) -> tuple[Image.Image, str] | None:
+    if trained is None:
+        return None
+    options = trained.run["config"]
+    try:
+        data_file = find_data_file(Path(options["data_path"]))
+        images = find_images(data_file, options["image_folder"] and Path(options["image_folder"]))
+        record = next(record for record in read_records(data_file) if record.image is not None)
+        assert record.image is not None
+        image = decode(images.read(record.image), record.image)
+        return image, record.turns[0].text.replace("<image>", "").strip() or "What is in this image?"
+    except (UserError, StopIteration) as error:
+        logger.warning("verifying on a generated image, the training data is not at hand: %s", error)
+        return None
+
+
+def _noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 336, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    model.eval()
+    pixels = inputs["pixel_values"].to(next(model.model.vision_tower.parameters()).dtype)
+    logits: torch.Tensor = model(**{**inputs, "pixel_values": pixels}).logits
+    return logits

@@ -1,0 +1,85 @@
+"""Fixtures that every test may use: tiny random parts on the disk, made once per session."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+import tiny_parts
+from llavaforge.config.schema import CustomizeModelConfig
+from llavaforge.data.shapes import write_shapes
+from llavaforge.join.parts import customize_model
+from llavaforge.model.load import LoadedModel, load_model
+
+torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def parts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parts")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(parts_dir: Path) -> Path:
+    """A whole CLIP, 28 pixels, patch 14: four image tokens."""
+    return tiny_parts.save_clip(parts_dir / "clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_vision(parts_dir: Path) -> Path:
+    return tiny_parts.save_clip(parts_dir / "clip-vision", whole=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(parts_dir: Path) -> Path:
+    """A SigLIP vision model, 32 pixels, patch 8: sixteen image tokens."""
+    return tiny_parts.save_siglip(parts_dir / "siglip")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(parts_dir: Path) -> Callable[[str], Path]:
+    """A function from a family of `tiny_parts.FAMILIES` to a folder with such a language model."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen2") -> Path:
+        if family not in made:
+            made[family] = tiny_parts.save_language_model(parts_dir / family, family)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(parts_dir: Path, tiny_clip: Path, tiny_lm: Callable[[str], Path]) -> Path:
+    """A joined model folder: `tiny_clip` and the tiny Qwen2; `<image>` has id 303. Read only."""
+    output_dir = parts_dir / "llava"
+    config = CustomizeModelConfig(
+        vision_tower=str(tiny_clip), language_model=str(tiny_lm("qwen2")), output_dir=output_dir
+    )
+    customize_model(config)
+    return output_dir
+
+
+@pytest.fixture(scope="session", autouse=True)
+def index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep tokenised indexes out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVAFORGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small generated world: `train/` and `heldout/`, each with chat.json, questions.json and images/. Read only."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(folder, num_samples=40, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded_llava(tiny_llava: Path) -> LoadedModel:
+    """`tiny_llava` in memory. Do not change it: load your own to train."""
+    return load_model(str(tiny_llava))

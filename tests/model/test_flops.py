@@ -1,0 +1,129 @@
+"""The FLOP formula against torch's own counter, which sees every matrix product that the step module really does.
+
+torch counts what is done, the formula what the mathematics needs. They differ by design in two things:
+
+- causal attention: the math kernel computes all T x T scores of a sample, the formula counts the T(T+1)/2 that exist;
+  `masked_scores` reckons the other half, and the test adds it to the formula;
+- recomputation (gradient checkpointing, a loss in pieces) does not belong to model FLOPs; it is off here.
+
+What remains must agree to rounding, so a wrong factor of a small part (the projector, a LoRA) shows as well.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from llavaforge.config.schema import TrainConfig
+from llavaforge.data.images import Preprocessing
+from llavaforge.data.pack import Pack, make_pack
+from llavaforge.model.flops import FlopCounter
+from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import select
+from train_tools import TRAIN_TYPES
+
+SIDE, PATCH, IMAGE_TOKEN, NUM_IMAGE_TOKENS = 56, 14, 99, 16
+HEAD_SIZE = 16
+# Text tokens of each sample, its <image> included, and how many of them are supervised, at the end.
+SAMPLES = ((40, 10), (9, 3), (23, 12))
+
+
+def model_of(tower: type = CLIPVisionConfig, feature_layer: int = -2) -> Any:
+    """A model whose parts are all of a size that shows in the sum; grouped-query attention."""
+    vision = tower(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE,
+        patch_size=PATCH,
+    )  # fmt: skip
+    text = Qwen2Config(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    strategy = "default" if tower is CLIPVisionConfig else "full"
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, image_seq_length=NUM_IMAGE_TOKENS,
+        vision_feature_layer=feature_layer, vision_feature_select_strategy=strategy,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config)
+
+
+def pack_of(samples: Sequence[tuple[int, int]], with_image: bool = True) -> Pack:
+    rows: list[dict[str, Any]] = []
+    for length, supervised in samples:
+        ids = [1 + place % 90 for place in range(length)]
+        ids[2] = IMAGE_TOKEN if with_image else 1
+        image = "a.jpg" if with_image else None
+        rows.append({"ids": ids, "supervised_spans": [length - supervised, length], "image": image, "where": "row"})
+    pixels = [np.zeros((3, SIDE, SIDE), dtype=np.uint8)] * (len(rows) if with_image else 0)
+    return make_pack(rows, pixels, IMAGE_TOKEN, NUM_IMAGE_TOKENS)
+
+
+def formula(model: Any, packs: Sequence[Pack]) -> float:
+    counter = FlopCounter.of(model, NUM_IMAGE_TOKENS)
+    return sum(counter.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
+
+
+def counted(model: Any, pack: Pack) -> int:
+    """What torch counts of one forward and backward pass."""
+    steps = Preprocessing(None, (SIDE, SIDE), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
+    module = StepModule(model, steps)
+    module.train()
+    # Only the math kernel's products are seen one by one; torch has no formula for the CPU's flash kernel.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as mode:
+        module(pack).backward()
+    return mode.get_total_flops()
+
+
+def masked_scores(model: Any, pack: Pack, passes: int = 3) -> float:
+    text = model.config.text_config
+    hidden_pairs = sum(length**2 - length * (length + 1) / 2 for length in pack.lengths)
+    # Two products (scores, values) of 2 FLOPs each in one forward pass; the backward pass counts as two.
+    per_pair = passes * 4.0 * text.num_hidden_layers * text.num_attention_heads * HEAD_SIZE
+    return per_pair * hidden_pairs
+
+
+def prepared(train_type: str, **model_options: Any) -> Any:
+    model = model_of(**model_options)
+    values = {
+        "model_name_or_path": "m", "data_path": "d", "output_dir": "o", "train_type": train_type, "lora_r": 6,
+        "lora_alpha": 6,
+    }  # fmt: skip
+    select(model, TrainConfig.model_validate(values))
+    return model
+
+
+@pytest.mark.parametrize("train_type", TRAIN_TYPES)
+@pytest.mark.parametrize("tower", [CLIPVisionConfig, SiglipVisionConfig])
+@pytest.mark.parametrize("feature_layer", [-2, -1])
+def test_formula_equals_torchs_counter(train_type: str, tower: type, feature_layer: int) -> None:
+    model = prepared(train_type, tower=tower, feature_layer=feature_layer)
+    pack = pack_of(SAMPLES)
+    expected = formula(model, [pack]) + masked_scores(model, pack)
+    assert counted(model, pack) == pytest.approx(expected, rel=1e-6)
+
+
+# What is done beyond the mathematics, or left out in the first layer, relative to these few narrow layers: a zero
+# goes through the projector (all types), and no gradient goes below the first LoRA.
+@pytest.mark.parametrize(("train_type", "bound"), [("projector", 0.01), ("freeze_vision", 0.01), ("use_lora", 0.05)])
+def test_samples_without_an_image(train_type: str, bound: float) -> None:
+    """Without an image the projector learns nothing, and a frozen language model has nothing to hand back."""
+    model = prepared(train_type)
+    pack = pack_of(SAMPLES, with_image=False)
+    passes = 3 if train_type != "projector" else 1
+    expected = formula(model, [pack]) + masked_scores(model, pack, passes)
+    assert counted(model, pack) == pytest.approx(expected, rel=bound)
+
+
+def test_unused_tower_layers_do_not_count() -> None:
+    cut, whole = (prepared("full", feature_layer=layer) for layer in (-3, -1))
+    pack = pack_of(SAMPLES)
+    layer = whole.model.vision_tower.encoder.layers[0]
+    matrices = 2 * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    tokens = NUM_IMAGE_TOKENS + 1
+    per_image = tokens * matrices + 4 * tokens**2 * 48
+    assert formula(whole, [pack]) - formula(cut, [pack]) == pytest.approx(3 * 2 * len(SAMPLES) * per_image)

@@ -1,0 +1,80 @@
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from llavaforge.model_folder.chat_template import accepting_strings_and_lists, default_chat_template
+from tiny_parts import CHATML
+
+# llava-hf's way: images first, then texts, out of lists alone.
+LIST_ONLY = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+STRICT = "\n{{ bos_token }}" + CHATML.replace("{% for", "{% set ns = namespace(x=1) %}{% for", 1)
+
+
+def render(template, content, answer="Cats.", **options):
+    conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    rendered, _ = render_jinja_template([conversation], chat_template=template, bos_token="<s>", **options)
+    return rendered[0]
+
+
+IMAGE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize("own", [CHATML, STRICT])
+@pytest.mark.parametrize(
+    ("parts", "string"),
+    [
+        ([IMAGE, WHAT], "<image>\nWhat?"),
+        ([WHAT, IMAGE], "What?\n<image>"),
+        ([IMAGE, {"type": "text", "text": "\nWhat?"}], "<image>\nWhat?"),
+        ([WHAT, {"type": "text", "text": " Now?"}], "What? Now?"),
+        ([IMAGE, IMAGE, WHAT], "<image>\n<image>\nWhat?"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}, "What?"], "<image>\nWhat?"),
+        ([], ""),
+    ],
+)
+def test_lists_render_as_the_string_with_image_on_a_line_of_its_own(own, parts, string):
+    template = accepting_strings_and_lists(own, {"bos_token": "<s>"})
+    assert render(template, parts) == render(template, string) == render(own, string)
+
+
+@pytest.mark.parametrize("own", [CHATML, STRICT])
+def test_strings_render_to_the_byte_as_with_the_model_s_own_template(own):
+    template = accepting_strings_and_lists(own, {"bos_token": "<s>"})
+    for content in ("Hello", " two\n lines ", "<image>\nWhat?"):
+        for generate in (False, True):
+            options = {"add_generation_prompt": generate}
+            assert render(template, content, **options) == render(own, content, **options)
+
+
+def test_a_template_of_lists_alone_learns_strings():
+    template = accepting_strings_and_lists(LIST_ONLY, {})
+    assert render(LIST_ONLY, "What?") != render(template, "What?")
+    answer = [{"type": "text", "text": "Cats."}]
+    assert render(template, [IMAGE, WHAT]) == render(LIST_ONLY, [IMAGE, WHAT], answer)
+    assert "USER: <image>\nWhat?" in render(template, "<image>\nWhat?")
+
+
+@pytest.mark.parametrize("own", [CHATML, STRICT, LIST_ONLY])
+def test_preparing_a_template_twice_changes_nothing(own):
+    once = accepting_strings_and_lists(own, {"bos_token": "<s>"})
+    assert accepting_strings_and_lists(once, {"bos_token": "<s>"}) == once
+
+
+class FakeTokenizer:
+    def __init__(self, vocabulary, eos_token):
+        self.get_vocab = lambda: dict.fromkeys(vocabulary, 0)
+        self.eos_token = eos_token
+
+
+def test_the_default_template_is_chatml_and_ends_turns_with_a_token_that_the_model_knows():
+    conversation = [{"role": "user", "content": "Hi"}]
+    knows = default_chat_template(FakeTokenizer(["<|im_end|>"], "</s>"))
+    rendered, _ = render_jinja_template([conversation], chat_template=knows, add_generation_prompt=True)
+    assert rendered[0] == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    other = default_chat_template(FakeTokenizer([], "</s>"))
+    rendered, _ = render_jinja_template([conversation], chat_template=other, eos_token="</s>")
+    assert rendered[0] == "<|im_start|>user\nHi</s>\n"

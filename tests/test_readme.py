@@ -1,0 +1,64 @@
+"""What README, recipes and run.sh tell a user to type is understood as typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llavaforge.cli import VERBS, parse
+from llavaforge.config.schema import TrainConfig
+from llavaforge.train.stages import expand
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `llavaforge ...` command of a text, comments and line continuations removed."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = re.findall(r"^[#\s$]*(?:torchrun .*? -m llavaforge|llavaforge) +(.+?)(?:  +\(.*)?$", joined, flags=re.M)
+    return [shlex.split(line, comments=True) for line in found]
+
+
+SOURCES = [ROOT / "README.md", *RECIPES]
+COMMANDS = [(path.name, words) for path in SOURCES for words in commands(path.read_text())]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len([1 for name, _ in COMMANDS if name == "README.md"]) >= 10
+
+
+@pytest.mark.parametrize(
+    ("source", "words"), COMMANDS, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value
+)
+def test_every_command_is_understood(source: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    assert name in VERBS, f"{source}: {words}"
+    parse(name, words[len(name.split()) :])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_is_valid_and_says_how_it_is_started(recipe: Path) -> None:
+    config = parse("train", [str(recipe)])
+    assert isinstance(config, TrainConfig)
+    expand(config)
+    assert f"llavaforge train recipes/{recipe.name}" in recipe.read_text()
+
+
+def test_recipes_have_llavas_published_hyper_parameters() -> None:
+    stage1 = parse("train", [str(ROOT / "recipes/stage1-projector.yaml")]).model_dump()
+    assert (stage1["learning_rate"], stage1["global_batch_size"], stage1["warmup_ratio"]) == (1e-3, 256, 0.03)
+    for kind, rate in (("full", 2e-5), ("freeze_vision", 2e-5), ("use_lora", 2e-4)):
+        stage2 = parse("train", [str(ROOT / f"recipes/stage2-{kind}.yaml")]).model_dump()
+        assert (stage2["train_type"], stage2["learning_rate"], stage2["global_batch_size"]) == (kind, rate, 128)
+    assert (stage2["lora_r"], stage2["lora_alpha"], stage2["projector_learning_rate"]) == (128, 256, 2e-5)
+
+
+def test_the_readmes_tree_names_what_is_there() -> None:
+    tree = re.search(r"```\n(src/llavaforge/.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert tree is not None
+    named = set(re.findall(r"\b(\w+/)(?=\s{2,})", tree[1]))
+    there = {f"{path.name}/" for path in (ROOT / "src/llavaforge").iterdir() if (path / "__init__.py").is_file()}
+    assert there <= named, f"not in the tree: {sorted(there - named)}"
