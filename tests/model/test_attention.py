@@ -1,31 +1,71 @@
-"""Packed attention isolates samples and honours sliding windows."""
+"""Packed attention isolates samples and honours sliding windows; its blocks on a CPU are exact."""
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from llavaforge.model.attention import packed_attention
+from llavaforge.model.block_attention import MAX_LENGTH, block_attention
+
+LENGTHS = (5, 1, 140, MAX_LENGTH + 6)
 
 
-@pytest.mark.parametrize("window", [None, 3, 100])
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_equals_masked_attention_over_each_sample(window: int | None, num_kv_heads: int) -> None:
-    torch.manual_seed(0)
-    lengths = (5, 1, 9)
-    query = torch.randn(1, 4, 15, 8)
-    key, value = torch.randn(1, num_kv_heads, 15, 8), torch.randn(1, num_kv_heads, 15, 8)
-    borders = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    found, _ = packed_attention(
-        torch.nn.Identity(), query, key, value, None, lengths=lengths, cu_seqlens=borders, sliding_window=window
-    )
-    place = torch.arange(15)
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
+    """The definition: all scores of the pack, and a mask for what a token must not see."""
+    borders = torch.tensor(LENGTHS).cumsum(0)
+    place = torch.arange(sum(LENGTHS))
     sample = torch.searchsorted(borders, place, right=True)
     distance = place[:, None] - place[None, :]
-    allowed = (sample[:, None] == sample[None, :]) & (distance >= 0) & (distance < (window or 1000))
-    repeats = 4 // num_kv_heads
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) / 8**0.5
+    allowed = (sample[:, None] == sample[None, :]) & (distance >= 0) & (distance < (window or len(place)))
+    repeats = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) / query.shape[-1] ** 0.5
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    torch.testing.assert_close(found, (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2))
+    return (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 3, 2000])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_equals_masked_attention_over_each_sample(window: int | None, num_kv_heads: int) -> None:
+    """One block, several blocks, and a sample too long for them; values and gradients."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, sum(LENGTHS), 8, requires_grad=True) for heads in (4, num_kv_heads, num_kv_heads)]
+    borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    found, _ = packed_attention(
+        torch.nn.Identity(), *inputs, None, lengths=LENGTHS, cu_seqlens=borders, sliding_window=window
+    )
+    expected = masked_attention(*inputs, window)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_in_bfloat16_are_as_exact_as_eager_attention() -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(4, 400, 64, requires_grad=True) for _ in range(3)]
+    rounded = [it.detach().bfloat16().requires_grad_() for it in exact]
+    direction = torch.randn(4, 400, 64)
+
+    def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        later = torch.full((400, 400), -torch.inf).triu(1)
+        scores = query @ key.transpose(1, 2) * 0.125 + later.to(query.dtype)
+        return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+    expected = torch.autograd.grad(eager(*exact), exact, direction)
+    plain = torch.autograd.grad(eager(*rounded), rounded, direction.bfloat16())
+    blocks = torch.autograd.grad(block_attention(*rounded, 0.125), rounded, direction.bfloat16())
+    for true, ours, theirs in zip(expected, blocks, plain, strict=True):
+        assert (ours.float() - true).norm() < 1.25 * (theirs.float() - true).norm()
+
+
+def test_without_a_gradient_nothing_is_kept() -> None:
+    with torch.no_grad():
+        output = block_attention(*(torch.randn(2, 8, 4, requires_grad=True) for _ in range(3)), 0.5)
+    assert output.grad_fn is None
 
 
 def test_sliding_window_of_a_stock_model_is_the_same_packed_and_unpacked() -> None:

@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from llavaforge.model.block_attention import MAX_LENGTH, block_attention
+
 PACKED = "llavaforge_packed"
 
 
@@ -53,21 +55,37 @@ def packed_attention(
     if _has_varlen(query_1HTD, dropout):
         return _varlen(query_1HTD, key_1HTD, value_1HTD, lengths, cu_seqlens, scaling, sliding_window), None
     outputs = [
-        scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_window_mask(q.shape[2], sliding_window, q.device),
-            is_causal=sliding_window is None or sliding_window >= q.shape[2],
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        _of_sample(q, k, v, scaling, dropout, sliding_window)
         for q, k, v in zip(
             query_1HTD.split(lengths, 2), key_1HTD.split(lengths, 2), value_1HTD.split(lengths, 2), strict=True
         )
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _of_sample(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention of one sample, without a variable-length kernel."""
+    length = query.shape[2]
+    mask = _window_mask(length, sliding_window, query.device)
+    if query.device.type == "cpu" and mask is None and not dropout and length <= MAX_LENGTH:
+        return block_attention(query[0], key[0], value[0], scaling or query.shape[-1] ** -0.5).unsqueeze(0)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:

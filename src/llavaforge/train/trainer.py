@@ -127,7 +127,7 @@ class Trainer:
                 self._agree(fault, stop)
                 line = self._step(step_packs)
                 line |= self._measure(step_packs, time.perf_counter() - begin, line["loss"], peak)
-                if self._is_due(config.eval_steps) and self._held_out is not None:
+                if self._held_out is not None and (self._is_due(config.eval_steps) or self._is_last()):
                     line["eval_loss"] = self._state.eval_loss = self._evaluate()
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
                     bar.update(line["step"], line["loss"], line["tokens_per_s"])
@@ -136,8 +136,6 @@ class Trainer:
                         writer.write(**line)
                 if self._is_due(config.save_steps):
                     self._save()
-        if self._held_out is not None and self._state.eval_loss is None:
-            self._state.eval_loss = self._evaluate()
         self._draw()
         return self._result(peak)
 
@@ -246,7 +244,10 @@ class Trainer:
             draw_curve(self._config.output_dir)
 
     def _is_due(self, every: int) -> bool:
-        return bool(every) and (self._state.step % every == 0 or self._state.step == self._plan.num_steps)
+        return bool(every) and (self._state.step % every == 0 or self._is_last())
+
+    def _is_last(self) -> bool:
+        return self._state.step == self._plan.num_steps
 
     def _dataset(self, index: SampleIndex) -> PackDataset:
         loaded = self._loaded

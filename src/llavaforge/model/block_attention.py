@@ -1,0 +1,95 @@
+"""Causal attention of one sample on a CPU: blocks of queries against the keys before them, as plain matrix products.
+
+In: queries, keys and values of a sample. Out: what each token attends to. Called by `attention.py` for every sample of
+a pack. PyTorch's own CPU kernel works in tiles so small that in bfloat16 it took nearly half of a training step
+(LOG.md); here a block is a few large products, and no score after a block's last query is computed.
+
+The weights are kept for the backward pass: half of heads x length^2 numbers per layer. `MAX_LENGTH` bounds that; a
+longer sample is left to PyTorch. In bfloat16 scores are rounded before the softmax, as in transformers' `eager`.
+
+Legend: H heads, K heads of keys and values, L tokens of the sample, D head size; of a block: Q queries (of all heads
+that share a key head, one head after the other), N keys.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+MAX_LENGTH = 1024
+BLOCK = 128
+"""Queries per block: fewer waste less above the diagonal, more make better matrix products."""
+
+
+class BlockAttention(torch.autograd.Function):
+    """Causal attention of one sample; use `block_attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Return what each token attends to, (H, L, D)."""
+        num_heads, length, size = query_HLD.shape
+        num_key_heads = key_KLD.shape[0]
+        output_HLD = torch.empty_like(query_HLD)
+        weights = []
+        for start, end in _blocks(length):
+            query_KQD = query_HLD[:, start:end].reshape(num_key_heads, -1, size)
+            bias_QN = _causal_bias(start, end, num_heads // num_key_heads, query_HLD.dtype)
+            scores_KQN = torch.baddbmm(bias_QN, query_KQD, key_KLD[:, :end].transpose(1, 2), alpha=scaling)
+            weight_KQN = scores_KQN.softmax(-1)
+            output_HLD[:, start:end] = (weight_KQN @ value_KLD[:, :end]).view(num_heads, -1, size)
+            weights.append(weight_KQN)
+        ctx.save_for_backward(query_HLD, key_KLD, value_KLD, *weights)
+        ctx.scaling = scaling
+        return output_HLD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_HLD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of queries, keys and values."""
+        query_HLD, key_KLD, value_KLD, *weights = ctx.saved_tensors
+        num_heads, length, size = query_HLD.shape
+        num_key_heads = key_KLD.shape[0]
+        grad_query = torch.empty_like(query_HLD)
+        # Sums over blocks, so in float32.
+        grad_key, grad_value = (torch.zeros_like(it, dtype=torch.float32) for it in (key_KLD, value_KLD))
+        for (start, end), weight_KQN in zip(_blocks(length), weights, strict=True):
+            query_KQD = query_HLD[:, start:end].reshape(num_key_heads, -1, size)
+            grad_KQD = grad_HLD[:, start:end].reshape(num_key_heads, -1, size)
+            grad_value[:, :end] += weight_KQN.transpose(1, 2) @ grad_KQD
+            grad_weight_KQN = grad_KQD @ value_KLD[:, :end].transpose(1, 2)
+            grad_scores_KQN = torch.ops.aten._softmax_backward_data(grad_weight_KQN, weight_KQN, -1, weight_KQN.dtype)
+            grad_scores_KQN *= ctx.scaling
+            grad_query[:, start:end] = (grad_scores_KQN @ key_KLD[:, :end]).view(num_heads, -1, size)
+            grad_key[:, :end] += grad_scores_KQN.transpose(1, 2) @ query_KQD
+        return grad_query, grad_key.to(key_KLD.dtype), grad_value.to(value_KLD.dtype), None
+
+
+def block_attention(
+    query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attend to all tokens of a sample that are not later.
+
+    Args:
+        query_HLD: queries.
+        key_KLD: keys; H is a multiple of K, and heads that share a key head are neighbours.
+        value_KLD: values.
+        scaling: factor of the scores.
+
+    Returns:
+        (H, L, D).
+    """
+    output: torch.Tensor = BlockAttention.apply(query_HLD, key_KLD, value_KLD, scaling)
+    return output
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+
+
+def _causal_bias(start: int, end: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the (Q, N) addend that hides later tokens from the queries `start` to `end`."""
+    bias = torch.full((end - start, end), -torch.inf, dtype=dtype).triu_(start + 1)
+    return bias.repeat(group, 1)
