@@ -9,8 +9,8 @@ In: nothing but the generated world, told in words. Out: a folder that `AutoToke
     user: What shape is below the red circle?
     assistant: star
 
-Most of its text are quizzes at first: the same without roles, a question or an answer per line, and so three times
-as many answers per token. In the end it reads dialogues only.
+At first it reads quizzes: a scene of up to four objects and a question about every colour and shape in it, a question
+or an answer per line, without roles. Then dialogues come in, and in the end there are only dialogues.
 It never sees an image, an image token or an image feature. Tensors: B batch, T tokens, N supervised tokens.
 """
 
@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from llavaforge.data.shapes import (
     CAPTION_OPENINGS,
@@ -47,8 +48,12 @@ VOCAB_SIZE = 512
 MAX_POSITIONS = 1024
 PATCHES_PER_CELL = 3
 SAVE_STEPS = 250
-SENTENCES_UNTIL, QUIZZES_UNTIL = 0.3, 0.7
-"""Shares of all steps: until the first no scene is told patch by patch; from the second on, only dialogues."""
+BINDING_UNTIL, QUIZZES_UNTIL = 0.25, 0.75
+"""Shares of all steps: until the first there are only quizzes about sentences and notes; from then on scenes are told
+patch by patch, too, and dialogues take the place of quizzes, until there are none after the second."""
+
+NUM_QUIZ_OBJECTS = (2, 3, 4)
+"""More objects than in images: guessing pays less, and binding a colour to a shape is learnt sooner."""
 
 USER_TEXT_WEIGHT = 0.1
 """Weight of the loss on what the user says; little of it can be foreseen."""
@@ -57,6 +62,7 @@ MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 0.01, 0.003
 FALL_SHARE = 0.5
 LOOK_BACK_TOKENS = (1, 1, 2, 3)
 LOOK_BACK_STRENGTH = 5.5
+FETCHED_SCALE, MATCH_SCALE = 0.35, 1.5
 
 QWEN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -102,6 +108,12 @@ DESCRIPTIONS: tuple[Describe, ...] = (
     describe_as_notes,
     describe_as_rows,
 )
+
+
+def quiz_questions(scene: Scene) -> list[Turn]:
+    """The colour of each shape and the shape of each colour."""
+    colours = [(f"What colour is the {thing.shape}?", thing.colour) for thing in scene.objects]
+    return colours + [(f"What shape is the {thing.colour} thing?", thing.shape) for thing in scene.objects]
 
 
 def sample_dialogue(rng: random.Random, descriptions: Sequence[Describe]) -> list[Turn]:
@@ -194,13 +206,11 @@ def encode_quiz(tokenizer: Qwen2Tokenizer, rng: random.Random, descriptions: Seq
     Returns:
         Token ids, and for each whether it belongs to an answer (the end of its line included).
     """
-    scene = sample_scene(rng, "train")
+    scene = sample_scene(rng, "train", rng.choice(NUM_QUIZ_OBJECTS))
     ids = tokenizer.encode(f"{rng.choice(descriptions)(scene, rng)}\n")
     said = [False] * len(ids)
-    pairs = questions(scene, rng)
-    if rng.random() < 0.5:
-        wanted = (rng.choice(DESCRIBE_PROMPTS), caption(scene, rng.choice(CAPTION_OPENINGS)))
-        pairs.insert(rng.randrange(len(pairs)), wanted)
+    pairs = quiz_questions(scene)
+    rng.shuffle(pairs)
     for pair in pairs:
         for text, is_answer in zip(pair, (False, True), strict=True):
             piece = tokenizer.encode(f"{text}\n")
@@ -211,10 +221,10 @@ def encode_quiz(tokenizer: Qwen2Tokenizer, rng: random.Random, descriptions: Seq
 
 def _draw(tokenizer: Qwen2Tokenizer, rng: random.Random, progress: float) -> Encoded:
     """One text of the lesson that is due after a share of all steps."""
-    descriptions = DESCRIPTIONS[:2] if progress < SENTENCES_UNTIL else DESCRIPTIONS
-    if progress < QUIZZES_UNTIL:
-        return encode_quiz(tokenizer, rng, descriptions)
-    return encode_dialogue(tokenizer, sample_dialogue(rng, descriptions))
+    descriptions = DESCRIPTIONS[:2] if progress < BINDING_UNTIL else DESCRIPTIONS
+    if rng.random() < (progress - BINDING_UNTIL) / (QUIZZES_UNTIL - BINDING_UNTIL):
+        return encode_dialogue(tokenizer, sample_dialogue(rng, descriptions))
+    return encode_quiz(tokenizer, rng, descriptions)
 
 
 def _pad(tokenizer: Qwen2Tokenizer, texts: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,27 +291,50 @@ def _loss(model: Qwen2ForCausalLM, ids_BT: Tensor, mask_BT: Tensor, said_BT: Ten
 
 @torch.no_grad()
 def _start_attention(model: Qwen2ForCausalLM) -> None:
-    """Start the attention near what it has to learn (after Trockman & Kolter, 2023, mimetic initialisation).
+    """Start the attention near what it has to learn (in the spirit of mimetic initialisation, Trockman & Kolter 2023).
 
-    To read `red circle` as one thing, a layer must first fetch the token before, and a later one must find equal
-    tokens. From random weights both took more than 1,000 steps to appear; so four heads of the first layer start by
-    looking back, through Qwen2's biases and the rotary embedding, and the later layers start with equal queries
-    and keys.
+    To know that the circle is red, a layer must first fetch what stands before each token, and a later one must look
+    for equal tokens. From random weights that took several hundred steps to appear, or did not appear at all (LOG.md).
+    So the first layer's heads start by looking back one to three tokens, through Qwen2's biases and the rotary
+    embedding, and write what they find into directions of their own; heads of the later layers start by comparing
+    those directions with each other and with the tokens themselves.
     """
     config = model.config
-    size = config.hidden_size // config.num_attention_heads
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
-    first, *later = [layer.self_attn for layer in model.model.layers]
+    width, num_heads = config.hidden_size, len(LOOK_BACK_TOKENS)
+    size = width // config.num_attention_heads
+    directions = torch.linalg.qr(torch.randn(width, width))[0]
+    tokens, *fetched = directions[: size * (1 + num_heads)].split(size)
+    first, *later = model.model.layers
     for head, num_tokens in enumerate(LOOK_BACK_TOKENS):
         rows = slice(head * size, (head + 1) * size)
-        strength = LOOK_BACK_STRENGTH * (torch.arange(size // 2) < 3)
-        angle = num_tokens * frequencies
-        first.k_proj.bias[rows] = torch.cat([strength, torch.zeros_like(strength)])
-        first.q_proj.bias[rows] = torch.cat([strength * angle.cos(), -strength * angle.sin()])
-        first.k_proj.weight[rows] *= 0.1
-        first.q_proj.weight[rows] *= 0.1
-    for attention in later:
-        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        _look_back(first.self_attn, rows, num_tokens)
+        first.self_attn.v_proj.weight[rows] = tokens
+        first.self_attn.o_proj.weight[:, rows] = FETCHED_SCALE * fetched[head].T
+    of_equals = ((fetched[0], tokens), (fetched[2], tokens), (fetched[2], fetched[0]), (fetched[3], fetched[0]))
+    for layer in later:
+        for head, (wanted, offered) in enumerate(of_equals):
+            rows = slice(head * size, (head + 1) * size)
+            layer.self_attn.q_proj.weight[rows] = MATCH_SCALE * wanted
+            layer.self_attn.k_proj.weight[rows] = MATCH_SCALE * offered
+    # What is random must not drown this.
+    model.model.embed_tokens.weight *= 3
+    first.self_attn.o_proj.weight[:, num_heads * size :] *= 0.3
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight *= 0.2
+    for layer in later:
+        layer.self_attn.o_proj.weight *= 0.5
+
+
+def _look_back(attention: Qwen2Attention, rows: slice, num_tokens: int) -> None:
+    """Let a head of Qwen2 attend to the token `num_tokens` before, whatever it is."""
+    size = rows.stop - rows.start
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    strength = LOOK_BACK_STRENGTH * (torch.arange(size // 2) < 3)
+    angle = num_tokens * frequencies
+    attention.k_proj.bias[rows] = torch.cat([strength, torch.zeros_like(strength)])
+    attention.q_proj.bias[rows] = torch.cat([strength * angle.cos(), -strength * angle.sin()])
+    attention.k_proj.weight[rows] *= 0.1
+    attention.q_proj.weight[rows] *= 0.1
 
 
 def _optimizers(

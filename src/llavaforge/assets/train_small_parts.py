@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--part", choices=("small-clip", "small-qwen2", "both"), default="both")
     parser.add_argument("--tower_steps", type=int, default=1500)
-    parser.add_argument("--language_model_steps", type=int, default=1200)
+    parser.add_argument("--language_model_steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -13,7 +13,7 @@ One row of `chat.json`, and one of `questions.json`:
         {"from": "human", "value": "<image>\nWhat colour is the circle?"}, {"from": "gpt", "value": "red"}]}
 
 Guessing without looking must not pay. Shapes and colours are equally likely by symmetry, so the best guess from
-the question's text alone is one of six shapes or of eight colours, and as few questions ask for a colour, that is
+the question's text alone is one of eight colours or of six shapes, and as few questions ask for a shape, that is
 right hardly more often than the commonest answer. Questions put the image first, as instruction data does;
 captions put it before or after the instruction, as LLaVA-CC3M-Pretrain-595K does.
 """
@@ -120,7 +120,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One or two objects of different colours and shapes, in reading order on a grey background."""
+    """Objects of different colours and shapes, in reading order on a grey background."""
 
     objects: tuple[SceneObject, ...]
     background: Rgb
@@ -141,24 +141,26 @@ class Scene:
         return next((thing for thing in self.objects if POSITIONS[thing.position] == (column, row)), None)
 
 
-def sample_scene(rng: random.Random, split: Split) -> Scene:
+def sample_scene(rng: random.Random, split: Split, num_objects: int | None = None) -> Scene:
     """Draw a scene of one split, with jittered places, sizes and tints.
 
     Args:
         rng: the source of randomness.
         split: `train` or `heldout`; scenes of the other split are drawn again.
+        num_objects: at most one per cell; None draws one or two (`NUM_OBJECTS_WEIGHTS`).
 
     Returns:
         A scene whose `split` is the one asked for.
     """
     while True:
-        scene = _sample_any_scene(rng)
+        scene = _sample_any_scene(rng, num_objects)
         if scene.split == split:
             return scene
 
 
-def _sample_any_scene(rng: random.Random) -> Scene:
-    num_objects = rng.choices(list(NUM_OBJECTS_WEIGHTS), list(NUM_OBJECTS_WEIGHTS.values()))[0]
+def _sample_any_scene(rng: random.Random, num_objects: int | None) -> Scene:
+    if num_objects is None:
+        num_objects = rng.choices(list(NUM_OBJECTS_WEIGHTS), list(NUM_OBJECTS_WEIGHTS.values()))[0]
     chosen = set(rng.sample(list(POSITIONS), num_objects))
     grey = rng.randint(112, 144)
     names = zip(rng.sample(list(COLOURS), num_objects), rng.sample(SHAPES, num_objects), strict=True)
@@ -228,11 +230,11 @@ def questions(scene: Scene, rng: random.Random, num_questions: int = QUESTIONS_P
         num_questions: how many at most; a scene allows two.
 
     Returns:
-        Pairs of question and answer: the shape of each colour, and where there is one object alone its colour.
+        Pairs of question and answer: the colour of each shape, and where there is one object alone its shape.
     """
-    asked = [(f"What shape is the {thing.colour} thing?", thing.shape) for thing in scene.objects]
+    asked = [(f"What colour is the {thing.shape}?", thing.colour) for thing in scene.objects]
     if len(scene.objects) == 1:
-        asked.append((f"What colour is the {scene.objects[0].shape}?", scene.objects[0].colour))
+        asked.append((f"What shape is the {scene.objects[0].colour} thing?", scene.objects[0].shape))
     rng.shuffle(asked)
     return asked[:num_questions]
 
