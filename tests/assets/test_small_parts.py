@@ -16,7 +16,6 @@ from transformers import (
 
 from llavaforge.assets import SMALL_CLIP, SMALL_QWEN2
 from llavaforge.assets.small_language_model import (
-    DESCRIPTIONS,
     describe_as_notes,
     encode_dialogue,
     encode_quiz,
@@ -64,7 +63,7 @@ def test_tokenizer_is_qwens_in_small(tokenizer, language_model):
 
 
 def test_dialogues_are_written_as_the_chat_template_writes_them(tokenizer):
-    turns = sample_dialogue(random.Random(0), DESCRIPTIONS)
+    turns = sample_dialogue(random.Random(0))
     messages = [
         {"role": role, "content": text}
         for turn in turns
@@ -97,13 +96,13 @@ def test_language_model_answers_about_a_scene_told_in_words(tokenizer, language_
 def test_language_model_knows_no_image(tokenizer):
     assert "<image>" not in tokenizer.get_vocab()
     rng = random.Random(0)
-    texts = [tokenizer.decode(encode_quiz(tokenizer, rng, DESCRIPTIONS)[0]) for _ in range(100)]
-    texts += [text for _ in range(100) for turn in sample_dialogue(rng, DESCRIPTIONS) for text in turn]
+    texts = [tokenizer.decode(encode_quiz(tokenizer, rng)[0]) for _ in range(100)]
+    texts += [text for _ in range(100) for turn in sample_dialogue(rng) for text in turn]
     assert not any("<image>" in text for text in texts)
 
 
 def test_a_quiz_supervises_its_answers_alone(tokenizer):
-    ids, said = encode_quiz(tokenizer, random.Random(1), DESCRIPTIONS)
+    ids, said = encode_quiz(tokenizer, random.Random(1))
     lines = tokenizer.decode(ids).splitlines()
     answers = tokenizer.decode([token for token, own in zip(ids, said, strict=True) if own]).splitlines()
     assert answers == lines[2::2]

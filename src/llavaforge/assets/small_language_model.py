@@ -19,7 +19,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,9 +48,8 @@ VOCAB_SIZE = 512
 MAX_POSITIONS = 1024
 PATCHES_PER_CELL = 3
 SAVE_STEPS = 250
-BINDING_UNTIL, QUIZZES_UNTIL = 0.25, 0.75
-"""Shares of all steps: until the first there are only quizzes about sentences and notes; from then on scenes are told
-patch by patch, too, and dialogues take the place of quizzes, until there are none after the second."""
+QUIZZES_ONLY_UNTIL, QUIZZES_UNTIL = 0.1, 0.6
+"""Shares of all steps between which dialogues take the place of quizzes."""
 
 NUM_QUIZ_OBJECTS = (2, 3, 4)
 """More objects than in images: guessing pays less, and binding a colour to a shape is learnt sooner."""
@@ -58,7 +57,7 @@ NUM_QUIZ_OBJECTS = (2, 3, 4)
 USER_TEXT_WEIGHT = 0.1
 """Weight of the loss on what the user says; little of it can be foreseen."""
 
-MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 0.01, 0.003
+MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 0.004, 0.001
 FALL_SHARE = 0.5
 LOOK_BACK_TOKENS = (1, 1, 2, 3)
 LOOK_BACK_STRENGTH = 5.5
@@ -103,11 +102,8 @@ def describe_as_rows(scene: Scene, rng: random.Random) -> str:
 
 
 Describe = Callable[[Scene, random.Random], str]
-DESCRIPTIONS: tuple[Describe, ...] = (
-    describe_as_caption,
-    describe_as_notes,
-    describe_as_rows,
-)
+SENTENCES: tuple[Describe, ...] = (describe_as_caption, describe_as_notes)
+DESCRIPTIONS: tuple[Describe, ...] = (*SENTENCES, describe_as_rows)
 
 
 def quiz_questions(scene: Scene) -> list[Turn]:
@@ -116,18 +112,17 @@ def quiz_questions(scene: Scene) -> list[Turn]:
     return colours + [(f"What shape is the {thing.colour} thing?", thing.shape) for thing in scene.objects]
 
 
-def sample_dialogue(rng: random.Random, descriptions: Sequence[Describe]) -> list[Turn]:
+def sample_dialogue(rng: random.Random) -> list[Turn]:
     """Draw a dialogue about one scene that the user tells in words.
 
     Args:
         rng: the source of randomness.
-        descriptions: the ways to tell the scene, one of which is chosen.
 
     Returns:
         Pairs of (user, assistant); the first user turn holds the description before the question.
     """
     scene = sample_scene(rng, "train")
-    description = rng.choice(descriptions)(scene, rng)
+    description = rng.choice(DESCRIPTIONS)(scene, rng)
     turns = questions(scene, rng)
     if rng.random() < 0.5:
         wanted = (rng.choice(DESCRIBE_PROMPTS), caption(scene, rng.choice(CAPTION_OPENINGS)))
@@ -150,7 +145,7 @@ def build_tokenizer(seed: int, num_dialogues: int = 4000) -> Qwen2Tokenizer:
     rng = random.Random(seed)
     lines = ["system\nYou are a helpful assistant.\n", "user\n", "assistant\n"] * num_dialogues
     for _ in range(num_dialogues):
-        lines += [f"{text}\n" for turn in sample_dialogue(rng, DESCRIPTIONS) for text in turn]
+        lines += [f"{text}\n" for turn in sample_dialogue(rng) for text in turn]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     specials = [END_OF_TEXT, TURN_START, TURN_END]
@@ -195,19 +190,18 @@ def encode_dialogue(tokenizer: Qwen2Tokenizer, turns: list[Turn]) -> Encoded:
     return ids, said
 
 
-def encode_quiz(tokenizer: Qwen2Tokenizer, rng: random.Random, descriptions: Sequence[Describe]) -> Encoded:
+def encode_quiz(tokenizer: Qwen2Tokenizer, rng: random.Random) -> Encoded:
     """Draw a quiz: a scene in words, then a question and its answer by turns, a line each.
 
     Args:
         tokenizer: what `build_tokenizer` returned.
         rng: the source of randomness.
-        descriptions: the ways to tell the scene, one of which is chosen.
 
     Returns:
         Token ids, and for each whether it belongs to an answer (the end of its line included).
     """
     scene = sample_scene(rng, "train", rng.choice(NUM_QUIZ_OBJECTS))
-    ids = tokenizer.encode(f"{rng.choice(descriptions)(scene, rng)}\n")
+    ids = tokenizer.encode(f"{rng.choice(SENTENCES)(scene, rng)}\n")
     said = [False] * len(ids)
     pairs = quiz_questions(scene)
     rng.shuffle(pairs)
@@ -221,10 +215,9 @@ def encode_quiz(tokenizer: Qwen2Tokenizer, rng: random.Random, descriptions: Seq
 
 def _draw(tokenizer: Qwen2Tokenizer, rng: random.Random, progress: float) -> Encoded:
     """One text of the lesson that is due after a share of all steps."""
-    descriptions = DESCRIPTIONS[:2] if progress < BINDING_UNTIL else DESCRIPTIONS
-    if rng.random() < (progress - BINDING_UNTIL) / (QUIZZES_UNTIL - BINDING_UNTIL):
-        return encode_dialogue(tokenizer, sample_dialogue(rng, descriptions))
-    return encode_quiz(tokenizer, rng, descriptions)
+    if rng.random() < (progress - QUIZZES_ONLY_UNTIL) / (QUIZZES_UNTIL - QUIZZES_ONLY_UNTIL):
+        return encode_dialogue(tokenizer, sample_dialogue(rng))
+    return encode_quiz(tokenizer, rng)
 
 
 def _pad(tokenizer: Qwen2Tokenizer, texts: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:

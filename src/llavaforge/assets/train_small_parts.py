@@ -1,13 +1,9 @@
 """Train the two small parts of `llavaforge quickstart` on the generated world alone.
 
-In: the number of steps. Out: `small-clip/` and `small-qwen2/` in the output folder, as they are shipped
-beside this script. Nothing in the package calls it; run it by hand when the world changes (about 40 minutes):
+In: the numbers of steps. Out: `small-clip/` and `small-qwen2/` in the output folder, as they are shipped
+beside this script. Nothing in the package calls it; run it by hand when the world changes (about 25 minutes on one core):
 
     python -m llavaforge.assets.train_small_parts --output_dir src/llavaforge/assets
-
-The weights that are shipped were trained with these steps on an earlier, wider version of the world (up to three
-objects and more kinds of questions; the tower's run was ended at step 750), not on the one that `data/shapes.py`
-draws now. Training anew gives other weights: run the tests and quickstart with three seeds before shipping them.
 
 Only scenes of the train split are read, so that a held-out image of any data set shows a scene that is new to
 both parts.
