@@ -1,7 +1,8 @@
 """Train the two small parts of `llavaforge quickstart` on the generated world alone.
 
 In: the numbers of steps. Out: `small-clip/` and `small-qwen2/` in the output folder, as they are shipped
-beside this script. Nothing in the package calls it; run it by hand when the world changes (about 25 minutes on one core):
+beside this script. Nothing in the package calls it; run it by hand when the world changes (25 minutes on one
+core):
 
     python -m llavaforge.assets.train_small_parts --output_dir src/llavaforge/assets
 
