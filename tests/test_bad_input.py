@@ -107,6 +107,8 @@ def test_unknown_recipe_key_suggests_the_nearest(tmp_path: Path, capsys: pytest.
         (["--learning_rate=fast"], "`learning_rate` = 'fast'"),
         (["--train_type=lora"], "'full', 'freeze_vision', 'use_lora' or 'projector'"),
         (["--global_batch_size=8", "--gradient_accumulation_steps=2"], "global_batch_size already fixes"),
+        (["--warmup_ratio=0.1", "--warmup_steps=5"], "warmup_ratio or warmup_steps, not both"),
+        (["--deepspeed=nowhere.json"], "deepspeed: no such file: nowhere.json"),
         (["--eval_steps=5"], "eval_steps needs held-out data"),
         (["--prompt_style=plain", "--system_prompt=x"], "system_prompt has no place"),
     ],
@@ -153,6 +155,63 @@ def test_two_processes_in_one_folder(
     assert_refused(capsys, code, "another process is training here")
 
 
+def test_a_faulty_image_in_a_worker_is_told_without_its_traceback(
+    data: Path, tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image in (data / "images").iterdir():
+        image.write_text("<html>404</html>")
+    code = main(train_flags(tiny_llava, data, tmp_path / "run", "--dataloader_num_workers=1"))
+    assert_refused(capsys, code, "chat.json row", "not a JPEG, PNG", "No step was done yet; mend the data")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_images_that_went_after_the_index_was_made(
+    data: Path, tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_flags(tiny_llava, data, tmp_path / "run", "--max_steps=1")) == 0
+    capsys.readouterr()
+    spoil(data, remove_image)
+    code = main(train_flags(tiny_llava, data, tmp_path / "other"))
+    assert_refused(capsys, code, "row 3", "Add the file or remove the row")
+    assert not (tmp_path / "other").exists()
+
+
+def test_data_without_any_image(
+    data: Path, tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": "1", "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}]
+    (data / "chat.json").write_text(json.dumps(rows))
+    assert_refused(capsys, main(train_flags(tiny_llava, data, tmp_path / "run")), "no record has an image")
+
+
+def test_a_start_that_failed_does_not_claim_the_folder(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = train_flags(tiny_llava, shapes / "train", tmp_path / "run", "--train_type=use_lora", "--max_steps=1")
+    assert_refused(capsys, main([*flags, "--lora_target_modules", "nonsense"]), "nonsense")
+    assert main([*flags, "--lora_target_modules", "q_proj"]) == 0
+
+
+def test_folders_that_are_something_else(
+    tiny_llava: Path, tiny_clip: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    for model, expected in (
+        (tmp_path / "run", "is a run's folder. Its finished model is"),
+        (shapes, "holds no model"),
+        (tiny_clip, "not a LLaVA. Join a vision tower"),
+    ):
+        assert_refused(capsys, main(train_flags(model, shapes / "train", tmp_path / "out")), str(model), expected)
+    broken = Path(shutil.copytree(tiny_llava, tmp_path / "broken"))
+    weights = next(broken.glob("model*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code = main(train_flags(broken, shapes / "train", tmp_path / "out"))
+    assert_refused(capsys, code, str(broken), "the weights cannot be read")
+    (tmp_path / "file").write_text("x")
+    code = main(train_flags(tiny_llava, shapes / "train", tmp_path / "file"))
+    assert_refused(capsys, code, "file: is a file. Give another output_dir")
+
+
 def test_dashes_and_underscores_are_the_same_and_flags_override_the_recipe(tmp_path: Path) -> None:
     from llavaforge.cli import parse
 
@@ -160,3 +219,18 @@ def test_dashes_and_underscores_are_the_same_and_flags_override_the_recipe(tmp_p
     recipe.write_text("model_name_or_path: m\ndata_path: d\noutput_dir: o\nlearning_rate: 1e-3\ntrain_type: full\n")
     config = parse("train", [str(recipe), "--train-type", "projector", "--gradient-checkpointing"])
     assert (config.train_type, config.learning_rate, config.gradient_checkpointing) == ("projector", 1e-3, True)  # type: ignore[attr-defined]
+
+
+def test_flags_override_every_stage_of_a_recipe(tmp_path: Path) -> None:
+    from llavaforge.cli import parse
+    from llavaforge.train.stages import expand
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: m\ndata_path: d\noutput_dir: o\nstages:\n"
+        "  - {name: one, train_type: projector, global_batch_size: 256}\n  - {name: two, global_batch_size: 128}\n"
+    )
+    plain = expand(parse("train", [str(recipe)]))  # type: ignore[arg-type]
+    smaller = expand(parse("train", [str(recipe), "--global-batch-size", "4"]))  # type: ignore[arg-type]
+    assert [stage.global_batch_size for stage in plain] == [256, 128]
+    assert [(stage.train_type, stage.global_batch_size) for stage in smaller] == [("projector", 4), ("use_lora", 4)]

@@ -72,6 +72,10 @@ def test_every_verb_is_a_function_of_the_package_and_modules_import_normally() -
         "assert all(callable(getattr(llavaforge, verb.split()[-1].replace('-', '_'))) for verb in cli.VERBS)\n"
         "try:\n    llavaforge.make_shapes(output_dir='x', num_sample=3)\n"
         "except llavaforge.errors.UserError as error:\n    assert 'num_samples' in str(error)\n"
-        "else:\n    raise SystemExit(1)"
+        "else:\n    raise SystemExit(1)\n"
+        "import llavaforge.train.run\n"  # binds the package in place of the function
+        "for _ in range(2):\n    try:\n        llavaforge.train(data_path='x')\n"
+        "    except llavaforge.errors.UserError as error:\n        assert 'model_name_or_path' in str(error)\n"
+        "    else:\n        raise SystemExit(1)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

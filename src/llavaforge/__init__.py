@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Callable[..., Any]:
     cli = import_module("llavaforge.cli")
     for verb in cli.VERBS:
         if name == verb.split()[-1].replace("-", "_"):
-            return lambda **fields: cli.call(verb, fields)
+            return cli.function_of(verb)
     raise AttributeError(f"module `llavaforge` has no attribute `{name}`")

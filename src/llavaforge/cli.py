@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from llavaforge.errors import StoppedEarly, UserError
 
 if TYPE_CHECKING:
     from llavaforge.config.schema import Schema
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     values = vars(given)
     recipe = values.pop("recipe", None)
     merged = {**(load.read_recipe(Path(recipe)) if recipe else {}), **values}
+    merged["stages"] = [_without(stage, values) for stage in merged.get("stages") or []]
+    if not merged["stages"]:
+        del merged["stages"]
     return load.build(options, merged, recipe or f"llavaforge {name}")
 
 
@@ -116,6 +121,26 @@ def call(name: str, fields: dict[str, Any]) -> Any:
 
     options: type[Schema] = getattr(schema, VERBS[name].schema)
     return _load(VERBS[name].function)(load.build(options, fields, name))
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """Return a verb as a Python function that takes its options as keywords."""
+
+    def verb(**fields: Any) -> Any:
+        return call(name, fields)
+
+    verb.__name__ = verb.__qualname__ = name.split()[-1].replace("-", "_")
+    verb.__doc__ = f"{VERBS[name].summary}\n\nTakes the options of `llavaforge {name} --help` as keywords."
+    return verb
+
+
+def _without(stage: Any, flags: Mapping[str, Any]) -> Any:
+    """Return a stage of a recipe without the keys that a flag sets: flags override every stage."""
+    if not isinstance(stage, dict):
+        return stage
+    for key in stage.keys() & flags.keys():
+        logger.info("--%s %s overrides %r of %s", key, flags[key], stage[key], stage.get("name", "a stage"))
+    return {key: value for key, value in stage.items() if key not in flags}
 
 
 def _choose(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -232,3 +232,8 @@ def test_scaled_rope_is_written_for_older_readers_and_read_back_the_same(tmp_pat
     assert text["rope_theta"] == 500.0 and text["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert AutoConfig.from_pretrained(tmp_path / "out").text_config.rope_parameters == scaled
     assert read_generation_config(tmp_path / "out").eos_token_id == [302, 300]
+
+
+def test_others_may_read_what_the_umask_lets_them(tiny_llava: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tiny_llava.iterdir()}
+    assert set(modes.values()) == {tiny_llava.stat().st_mode & 0o666}, modes

@@ -43,6 +43,7 @@ def publishing(destination: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        _open_to_readers(temporary)
         write_manifest(temporary)
         _sync_tree(temporary)
         if destination.exists():
@@ -140,6 +141,13 @@ def _fault(path: Path, entry: dict[str, Any]) -> str | None:
     if sha256(path) != entry["sha256"]:
         return f"{path.name}: content differs from its SHA-256"
     return None
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Let every file be read by whom the folder lets in: safetensors makes its files private."""
+    mode = folder.stat().st_mode & 0o666
+    for path in _files(folder):
+        path.chmod(mode)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -33,6 +33,8 @@ def claimed(output_dir: Path, run: dict[str, Any], is_writer: bool) -> Iterator[
     if not is_writer:
         yield
         return
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir}: is a file. Give another output_dir.")
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / ".lock").open("w") as lock:
         try:
@@ -45,6 +47,15 @@ def claimed(output_dir: Path, run: dict[str, Any], is_writer: bool) -> Iterator[
         remove_leftovers(output_dir)
         replace_text(output_dir / RUN, json.dumps(run, indent=1) + "\n")
         yield
+
+
+def begun(output_dir: Path) -> dict[str, Any] | None:
+    """Return the `run.json` of a run that has left something there; one that failed before step 1 claims nothing."""
+    if not (output_dir / RUN).is_file():
+        return None
+    left = {path.name for path in output_dir.iterdir() if not path.name.startswith(".")} - {RUN}
+    left -= {path.name for path in output_dir.glob("*.jsonl") if not path.stat().st_size}
+    return load_run(output_dir) if left else None
 
 
 def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], is_writer: bool) -> Path | None:
@@ -82,7 +93,9 @@ def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], is
 
 def _check_owner(output_dir: Path, run: dict[str, Any]) -> None:
     if (output_dir / RUN).is_file():
-        _check_identity(output_dir, load_run(output_dir), run)
+        owner = begun(output_dir)
+        if owner is not None:
+            _check_identity(output_dir, owner, run)
         return
     strangers = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
     if strangers:

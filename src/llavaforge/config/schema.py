@@ -56,7 +56,7 @@ class MakeShapesConfig(Schema):
     output_dir: Path
     """Folder to write; it must be empty or absent."""
     num_samples: PositiveInt = 2000
-    """Number of training images; a tenth as many are held out."""
+    """Number of training images; a tenth as many (at least 100) are held out."""
     seed: int = 0
     """Seed of the generated scenes."""
 
@@ -175,6 +175,10 @@ class TrainConfig(SampleOptions):
             raise ValueError("give eval_data_path or eval_holdout, not both")
         if self.eval_steps and not (self.eval_data_path or self.eval_holdout):
             raise ValueError("eval_steps needs held-out data: give eval_data_path or eval_holdout")
+        if self.deepspeed is not None and not self.deepspeed.is_file():
+            raise ValueError(f"deepspeed: no such file: {self.deepspeed}")
+        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+            raise ValueError("give warmup_ratio or warmup_steps, not both")
         if self.global_batch_size and self.gradient_accumulation_steps:
             raise ValueError(
                 "global_batch_size already fixes the accumulation: drop gradient_accumulation_steps, or give only it"

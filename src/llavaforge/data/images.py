@@ -117,7 +117,12 @@ def decode(data: bytes, name: str) -> Image.Image:
                 )
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{name}: cannot be decoded (not a {', '.join(FORMATS)} file, whatever its name). "
+            "Replace the file, or remove its record from the data."
+        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{name}: cannot be decoded ({error}). Replace the file, or remove its record from the data."
         ) from None

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise when a change of this package changes what the file holds
 _CHUNK = 2_000  # records per parallel task; fewer than two chunks are not worth a process
+_NUM_IMAGES_CHECKED = 1_000
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -82,6 +83,11 @@ class SampleIndex:
         """Supervised tokens per sample."""
         return self._numbers("num_supervised")
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any sample has an image."""
+        return int(self.table.column("image").null_count) < len(self)
+
     def _numbers(self, column: str) -> npt.NDArray[np.int64]:
         return np.asarray(self.table.column(column).to_numpy(), dtype=np.int64)
 
@@ -110,11 +116,17 @@ def open_index(data_path: Path, processor: Any, num_image_tokens: int, options: 
     builder = sample_builder(processor, num_image_tokens, options)
     fingerprint = _fingerprint(data_file, builder)
     path = _cache_dir(options) / f"{data_file.stem}-{fingerprint[:16]}.arrow"
-    if not path.is_file():
+    known = path.is_file()
+    if not known:
         records = read_records(data_file)
-        _check_images(records, images, data_file)
+        _check_images([(record.where, record.image) for record in records], images, data_file)
         _build(records, builder, path, data_file)
     index = SampleIndex(path, images, fingerprint)
+    if known:  # the images may have gone since: look at some, as all would take minutes on a network drive
+        some = np.linspace(0, len(index) - 1, min(len(index), _NUM_IMAGES_CHECKED), dtype=np.int64)
+        table = index.table.select(["where", "image"]).take(some)
+        pairs = zip(table["where"].to_pylist(), table["image"].to_pylist(), strict=True)
+        _check_images(list(pairs), images, data_file)
     _report(index.table.schema.metadata, data_file)
     return index
 
@@ -127,13 +139,14 @@ def sample_builder(processor: Any, num_image_tokens: int, options: SampleOptions
     return SampleBuilder(tokenizer, chat, int(processor.image_token_id), num_image_tokens, options.max_length)
 
 
-def _check_images(records: Sequence[Record], images: ImageStore, data_file: Path) -> None:
+def _check_images(rows: Sequence[tuple[str, str | None]], images: ImageStore, data_file: Path) -> None:
+    """Check that the image of each (where, image) is there."""
     faults = [
-        f"{record.where}: image {record.image!r} is not in {images.root}. Add the file or remove the row."
-        for record in records
-        if record.image is not None and not images.has(record.image)
+        f"{where}: image {image!r} is not in {images.root}. Add the file or remove the row."
+        for where, image in rows
+        if image is not None and not images.has(image)
     ]
-    raise_faults(faults, len(records), data_file)
+    raise_faults(faults, len(rows), data_file)
 
 
 def _build(records: Sequence[Record], builder: SampleBuilder, path: Path, data_file: Path) -> None:

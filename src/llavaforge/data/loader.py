@@ -67,6 +67,26 @@ class PackDataset(Dataset[Pack]):
         return np.full_like(pixels, 127) if self.blank_image else pixels
 
 
+class _Told(Dataset[Pack | UserError]):
+    """Returns a `UserError` instead of raising it: torch would put a worker's traceback into its message."""
+
+    def __init__(self, dataset: PackDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, source: MicroBatch) -> Pack | UserError:
+        try:
+            return self._dataset[source]
+        except UserError as error:
+            return error
+
+
+def _raised(packs: Iterator[Pack | UserError]) -> Iterator[Pack]:
+    for pack in packs:
+        if isinstance(pack, UserError):
+            raise pack
+        yield pack
+
+
 @contextmanager
 def loading(
     dataset: PackDataset, order: Iterable[MicroBatch], num_workers: int, pin_memory: bool
@@ -79,8 +99,8 @@ def loading(
         num_workers: processes (0: this one).
         pin_memory: put packs in page-locked memory, for a GPU.
     """
-    loader: DataLoader[Pack] = DataLoader(
-        dataset,
+    loader: DataLoader[Pack | UserError] = DataLoader(
+        _Told(dataset),
         sampler=order,  # any iterable of keys will do; a plan need not know its length
         batch_size=None,
         num_workers=num_workers,
@@ -92,7 +112,7 @@ def loading(
     with _signals_blocked():
         iterator = iter(loader)
     try:
-        yield iterator
+        yield _raised(iterator)
     finally:
         if num_workers and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()

@@ -82,6 +82,7 @@ def read_processor(folder: Path) -> LlavaProcessor:
     for name, what in (("tokenizer_config.json", "tokenizer"), ("preprocessor_config.json", "image processor")):
         nested = folder / "processor_config.json"  # where transformers 5 keeps the image processor
         if not (folder / name).is_file() and (name.startswith("tokenizer") or not nested.is_file()):
+            _explain_other_folder(folder)
             raise UserError(
                 f"{folder}: has no processor ({name}, the {what}, is missing). Copy the processor's files of the model "
                 "it was made from into it, or write the folder anew with `llavaforge customize-model`."
@@ -95,6 +96,18 @@ def read_processor(folder: Path) -> LlavaProcessor:
         raise UserError(f"{folder}: holds a {type(processor).__name__}, not a complete LlavaProcessor.")
     _complete(processor, folder)
     return processor
+
+
+def _explain_other_folder(folder: Path) -> None:
+    """Raise a better error where the folder is something else than a model without a processor."""
+    if (folder / "final").is_dir():
+        raise UserError(f"{folder}: is a run's folder. Its finished model is {folder / 'final'}: give that.")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"{folder}: holds no model (no config.json). Give a folder that customize-model or train wrote."
+        )
+    if (folder / "config.json").is_file():
+        read_config(folder)
 
 
 def _complete(processor: LlavaProcessor, folder: Path) -> None:

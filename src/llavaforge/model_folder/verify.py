@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,9 +33,12 @@ def load_verified(folder: Path, dtype: torch.dtype | None = None) -> LlavaForCon
     config = read_config(folder)
     processor = read_processor(folder)
     disable_progress_bar()  # it takes longer to read than the weights take to load
-    model, report = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    try:
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: the weights cannot be read ({error}). Copy or download the folder again.") from None
     check_report(folder, report)
     check_processor(folder, config, processor)
     _check_image_tokens(folder, model, processor)

@@ -15,13 +15,14 @@ from torch import nn
 
 from llavaforge.data.sample import Sample
 from llavaforge.engine.base import Engine
+from llavaforge.errors import UserError
 from llavaforge.model.trainable import Group
 
 STEPS_BEFORE_PROOF = 2
 
 
 class ContractError(RuntimeError):
-    """What should have moved did not, or what is frozen did: the run is stopped."""
+    """What is frozen changed: the run is stopped."""
 
 
 class Contract:
@@ -44,7 +45,8 @@ class Contract:
         """Compare with the state at construction.
 
         Raises:
-            ContractError: names the parts or tensors at fault.
+            ContractError: names a frozen tensor that changed.
+            UserError: names the parts that did not move.
         """
         changed = [n for n, before in self._frozen_before.items() if checksum(self._frozen[n]) != before]
         if changed:
@@ -53,9 +55,9 @@ class Contract:
         moved = {self._part[name] for name, before in self._masters_before.items() if masters[name] != before}
         still = sorted(set(self._part.values()) - moved)
         if still:
-            raise ContractError(
-                f"{', '.join(still)} should learn but did not move in {STEPS_BEFORE_PROOF} steps. "
-                "Is its learning rate zero, or does no sample reach it (no images)?"
+            raise UserError(
+                f"{', '.join(still)} should learn but did not move in {STEPS_BEFORE_PROOF} steps. Its learning rate is "
+                "0, or no sample reached it (few records with images): check learning_rate and the data."
             )
 
     def _masters(self) -> dict[str, int]:
@@ -84,12 +86,13 @@ def show_groups(groups: Sequence[Group], num_total: int, console: Console) -> No
 
 
 def show_sample(sample: Sample, decode: Callable[[list[int]], str], console: Console) -> None:
-    """Print one sample as the model sees it, the supervised text marked in green."""
-    text = Text()
+    """Print one sample as the model sees it, the supervised text in green and, outside a terminal, in [[ ]]."""
+    text, mark = Text(), "{}" if console.is_terminal else "[[{}]]"
     for supervised, ids in _runs(sample):
-        text.append(decode(ids), style="black on green" if supervised else "")
+        text.append(mark.format(decode(ids)) if supervised else decode(ids), "black on green" if supervised else "")
+    how = "marked" if console.is_terminal else "in [[ ]]"
     console.print(
-        Text(f"One sample ({sample.length} tokens, {sample.num_supervised} supervised, marked):", style="bold")
+        Text(f"One sample ({sample.length} tokens, {sample.num_supervised} supervised, {how}):", style="bold")
     )
     console.print(text)
 

@@ -83,8 +83,10 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+    def update(self, step: int, loss: float, tokens_per_s: float, eval_loss: float | None = None) -> None:
         """Show the state after `step` steps."""
+        if eval_loss is not None and not self._quiet:
+            logger.info("step %d/%d  held-out loss %.4f", step, self._num_steps, eval_loss)
         self._bar.update(self._task, completed=step, loss=loss, tokens_per_s=tokens_per_s)
         now = time.monotonic()
         if self._bar.disable and not self._quiet and (now - self._last_line > _LINE_EVERY_S or step == self._num_steps):

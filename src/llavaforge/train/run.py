@@ -25,6 +25,7 @@ from llavaforge.join.projector import check_projector, read_projector
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.trainable import lora_options
 from llavaforge.train import finish, stages
+from llavaforge.train.signals import StopRequest
 from llavaforge.train.trainer import HeldOut, Trainer
 
 logger = logging.getLogger(__name__)
@@ -50,17 +51,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
         StoppedEarly: a signal asked for it; a checkpoint is saved.
     """
     result: dict[str, Any] = {}
-    for stage in stages.expand(config):
-        engine = open_engine(stage.deepspeed)
-        result = _run_stage(stage, engine, quiet=engine.rank > 0)
-        if stage is not config and engine.rank == 0:
-            stages.leave_result(stage, config.output_dir)
-        engine.barrier()
+    expanded = stages.expand(config)
+    with StopRequest() as stop:
+        for number, stage in enumerate(expanded, 1):
+            stop.check()
+            engine = open_engine(stage.deepspeed)
+            if stage is not config and engine.rank == 0:
+                logger.info("stage %d of %d: %s (%s)", number, len(expanded), stage.output_dir.name, stage.train_type)
+            result = _run_stage(stage, engine, stop, quiet=engine.rank > 0)
+            if stage is not config and engine.rank == 0:
+                stages.leave_result(stage, config.output_dir)
+            engine.barrier()
     engine.close()
     return result
 
 
-def _run_stage(config: TrainConfig, engine: Engine, quiet: bool) -> dict[str, Any]:
+def _run_stage(config: TrainConfig, engine: Engine, stop: StopRequest, quiet: bool) -> dict[str, Any]:
     logging.getLogger("llavaforge").setLevel(logging.WARNING if quiet else logging.INFO)
     console = Console(stderr=True, quiet=quiet)
     loaded = _load(config)
@@ -74,9 +80,10 @@ def _run_stage(config: TrainConfig, engine: Engine, quiet: bool) -> dict[str, An
             return dict(load_run(final)["result"])
         trainer = Trainer(config, engine, loaded, index, plan, held_out, run, console)
         trainer.take_up()
-        result = trainer.train()
-        lora = lora_options(config) if config.train_type == "use_lora" else None
-        finish.write_final(final, loaded, engine, {**run, "result": result}, lora)
+        with stop.postponed():
+            result = trainer.train(stop)
+            lora = lora_options(config) if config.train_type == "use_lora" else None
+            finish.write_final(final, loaded, engine, {**run, "result": result}, lora)
     return result
 
 
@@ -99,6 +106,10 @@ def _open_data(
         return open_index(path, loaded.processor, loaded.num_image_tokens, config)
 
     index = opened(config.data_path)
+    if not index.has_images:
+        raise UserError(
+            f"{config.data_path}: no record has an image, so the projector would learn nothing. Add image-text data."
+        )
     rows = np.arange(len(index))
     if config.eval_data_path is not None:
         other = opened(config.eval_data_path)
@@ -106,7 +117,9 @@ def _open_data(
     if not config.eval_holdout:
         return index, rows, None
     if config.eval_holdout >= len(index):
-        raise UserError(f"eval_holdout {config.eval_holdout} leaves nothing of {len(index)} records to train on.")
+        raise UserError(
+            f"eval_holdout {config.eval_holdout} leaves nothing of {len(index)} records to train on. Give less."
+        )
     shuffled = np.random.default_rng(config.seed).permutation(len(index))
     held_out, rows = np.sort(shuffled[: config.eval_holdout]), np.sort(shuffled[config.eval_holdout :])
     return index, rows, HeldOut(index, held_out)
@@ -115,6 +128,8 @@ def _open_data(
 def _plan(config: TrainConfig, index: SampleIndex, rows: np.ndarray[Any, np.dtype[np.int64]], engine: Engine) -> Plan:
     per_step = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1) * engine.world_size
     global_batch_size = _frozen_batch_size(config) or config.global_batch_size or per_step
+    if global_batch_size > len(rows):
+        logger.warning("a global batch of %d is more than all %d records: some repeat", global_batch_size, len(rows))
     steps = num_steps(len(rows), global_batch_size, config.num_train_epochs, config.max_steps)
     return Plan(
         samples=rows,
@@ -134,10 +149,10 @@ def _frozen_batch_size(config: TrainConfig) -> int | None:
 
     So a run that goes on with 2 instead of 4 processes keeps its batch.
     """
-    begun = config.output_dir / "run.json"
-    if config.global_batch_size is not None or not begun.is_file():
+    begun = resume.begun(config.output_dir)
+    if config.global_batch_size is not None or begun is None:
         return None
-    return int(load_run(config.output_dir)["identity"]["global_batch_size"])
+    return int(begun["identity"]["global_batch_size"])
 
 
 def _describe(config: TrainConfig, loaded: LoadedModel, index: SampleIndex, plan: Plan) -> dict[str, Any]:

@@ -1,12 +1,17 @@
-"""A request to stop, noted when it comes and honoured at the end of a step.
+"""A request to stop: honoured at once while a run gets ready, at the end of a step while it trains.
 
 SIGTERM and SIGUSR1 (what SLURM sends before a time limit) ask for exit 75, start me again; ctrl-C for exit 130. A
 second ctrl-C stops at once.
 """
 
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from llavaforge.errors import StoppedEarly
 
 EXIT_START_AGAIN = 75
 EXIT_BY_HAND = 130
@@ -14,10 +19,11 @@ _WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """While entered, signals only set `exit_code`; on leaving, the old handlers are back."""
+    """While entered, signals raise `StoppedEarly`, or within `postponed` only set `exit_code`."""
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self._postponed = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -31,7 +37,30 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Within the block, whoever runs it looks at `exit_code` and saves before it stops."""
+        self._postponed = True
+        try:
+            yield
+        finally:
+            self._postponed = False
+
+    def check(self) -> None:
+        """Stop if that was asked for while it was postponed.
+
+        Raises:
+            StoppedEarly: it was.
+        """
+        if self.exit_code:
+            raise StoppedEarly("stopped where nothing is lost: start again to go on", self.exit_code)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.exit_code == EXIT_BY_HAND:
+        by_hand = number == signal.SIGINT
+        if by_hand and self.exit_code == EXIT_BY_HAND:
             raise KeyboardInterrupt
-        self.exit_code = EXIT_BY_HAND if number == signal.SIGINT else EXIT_START_AGAIN
+        self.exit_code = EXIT_BY_HAND if by_hand else EXIT_START_AGAIN
+        if not self._postponed:
+            self.check()
+        again = " (ctrl-C again: stop at once, what is not saved is lost)" if by_hand else ""
+        sys.stderr.write(f"\nasked to stop: this step is finished and saved first{again}\n")

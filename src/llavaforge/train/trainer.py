@@ -105,8 +105,11 @@ class Trainer:
         self._contract = Contract(model, groups, self._engine)
         self._prove_at = self._state.num_moving_steps + STEPS_BEFORE_PROOF
 
-    def train(self) -> dict[str, Any]:
+    def train(self, stop: StopRequest) -> dict[str, Any]:
         """Take all steps that are left.
+
+        Args:
+            stop: looked at before every step.
 
         Returns:
             The JSON line of `llavaforge train`.
@@ -116,7 +119,6 @@ class Trainer:
         writer = MetricsFile(config.output_dir, self._state.step) if engine.rank == 0 else None
         order = plan.iterate(engine.rank, self._state.step)
         with (
-            StopRequest() as stop,
             loading(self._dataset(self._index), order, config.dataloader_num_workers, self._pins()) as packs,
             ProgressBar(plan.num_steps, self._state.step, quiet=engine.rank > 0) as bar,
             open_tracker(config.report_to if engine.rank == 0 else "none", config.output_dir) as tracker,
@@ -130,12 +132,14 @@ class Trainer:
                 if self._held_out is not None and (self._is_due(config.eval_steps) or self._is_last()):
                     line["eval_loss"] = self._state.eval_loss = self._evaluate()
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
-                    bar.update(line["step"], line["loss"], line["tokens_per_s"])
+                    bar.update(line["step"], line["loss"], line["tokens_per_s"], line.get("eval_loss"))
                     tracker(line)
                     if writer is not None:
                         writer.write(**line)
                 if self._is_due(config.save_steps):
                     self._save()
+        if self._state.num_moving_steps < self._prove_at:
+            logger.warning("contract not proved: that takes %d steps with a learning rate above 0", STEPS_BEFORE_PROOF)
         self._draw()
         return self._result(peak)
 
@@ -197,13 +201,16 @@ class Trainer:
         num_faults, code = self._engine.sum([float(fault is not None), float(stop.exit_code)])
         if not num_faults and not code:
             return
-        where = self._save()
+        step = self._state.step
+        where = self._save() if step else None
         self._draw()
         if num_faults:
-            remedy = f"\nThe {self._state.step} steps done so far are saved in {where}; mend the data and start again."
-            raise UserError(f"{fault or 'another process found a faulty sample'}{remedy}")
+            done = f"The {step} steps done so far are saved in {where}" if where else "No step was done yet"
+            told = fault or "another process found a faulty sample"
+            raise UserError(f"{told}\n{done}; mend the data and start again.")
         exit_code = stop.exit_code or int(code)
-        raise StoppedEarly(f"stopped after step {self._state.step}; start again to go on from {where}", exit_code)
+        go_on = f"after step {step}; start again to go on from {where}" if where else "before step 1; start again"
+        raise StoppedEarly(f"stopped {go_on}", exit_code)
 
     def _count_skips(self, skipped: bool) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0

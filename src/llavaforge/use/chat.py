@@ -55,6 +55,8 @@ def _first_turn(prompt: str, pixels: Pixels | None) -> Turn:
     """Put the image before the first prompt, where LLaVA's data has it most often, unless the user placed it."""
     if pixels is None and IMAGE_PLACEHOLDER in prompt:
         raise UserError("the prompt has `<image>` but there is no image: give --image FILE.")
+    if prompt.count(IMAGE_PLACEHOLDER) > 1:
+        raise UserError("the prompt has more than one `<image>`, and --image is one: leave one of them.")
     if pixels is not None and IMAGE_PLACEHOLDER not in prompt:
         prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
     return Turn("user", prompt)

@@ -55,7 +55,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
         raise RuntimeError(
             f"{config.output_dir}: logits differ from the trained model's by {difference:.3g}, more than {bound:.3g}."
         )
-    logger.info("verified: plain transformers gives the trained model's logits (largest difference %.2g)", difference)
+    logger.info(
+        "verified: plain transformers gives the trained model's logits (largest difference %.2g, at most %.2g in %s)",
+        *(difference, bound, str(expected.dtype).removeprefix("torch.")),
+    )
     return {"output_dir": str(config.output_dir), "max_logit_difference": difference}
 
 
