@@ -89,6 +89,7 @@ def test_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert_refused(
         capsys, main(["train", "--learning_rat", "1e-3"]), "`--learning_rat`", "Did you mean `--learning_rate`?"
     )
+    assert_refused(capsys, main(["train", "--stages", "x"]), "`stages` is a list of mappings")
     assert_refused(capsys, main(["trane"]), "unknown verb `trane`", "Did you mean `train`?")
     assert_refused(capsys, main(["data", "make-shape"]), "Did you mean `data make-shapes`?")
 

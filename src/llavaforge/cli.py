@@ -11,10 +11,11 @@ import logging
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llavaforge import __version__
 from llavaforge.errors import StoppedEarly, UserError
@@ -100,6 +101,8 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     parser = _parser(name, verb, options)
     given, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
     if unknown:
+        if unknown[0] == "--stages":
+            raise UserError("llavaforge train: `stages` is a list of mappings, so it is given in a recipe only.")
         flags = [f"--{field}" for field in options.model_fields]
         raise UserError(f"llavaforge {name}: unknown argument `{unknown[0]}`.{load.nearest(unknown[0], flags)}")
     values = vars(given)
@@ -181,7 +184,9 @@ def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.Argument
         if field == "stages":  # a list of mappings: recipes only
             continue
         default = "" if info.is_required() else f" (default: {info.get_default()})"
-        text = f"{info.description or ''}{default}".replace("%", "%%")
+        choices = [str(value) for value in typing.get_args(info.annotation) if isinstance(value, str)]
+        allowed = f" One of: {', '.join(choices)}." if typing.get_origin(info.annotation) is Literal else ""
+        text = f"{info.description or ''}{allowed}{default}".replace("%", "%%")
         if info.annotation is bool:
             parser.add_argument(f"--{field}", nargs="?", const=True, metavar="true|false", help=text)
         elif str(info.annotation).startswith("list"):

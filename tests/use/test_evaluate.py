@@ -8,6 +8,7 @@ import torch
 
 from llavaforge.config.schema import ChatConfig, EvaluateConfig, SampleOptions
 from llavaforge.data.records import Turn
+from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.step import StepModule
 from llavaforge.train.run import train
@@ -33,6 +34,9 @@ def test_loss_is_the_held_out_loss_of_training(tiny_llava: Path, shapes: Path, t
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == found["num_samples"] == 100
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
+    assert (found["data_path"], found["blank_image"]) == (str(shapes / "heldout"), False)
+    with pytest.raises(UserError, match="is a training run's folder"):
+        evaluate(EvaluateConfig(model_name_or_path="m", data_path=shapes, output_dir=tmp_path / "run"))
 
 
 def test_loss_of_each_sample_is_its_own(loaded_llava: LoadedModel, shapes: Path, tmp_path: Path) -> None:

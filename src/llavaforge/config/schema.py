@@ -86,7 +86,7 @@ class TrainConfig(SampleOptions):
     output_dir: Path
     """Where checkpoints, metrics and the finished model go."""
     train_type: TrainType = "use_lora"
-    """What learns: full | freeze_vision | use_lora | projector."""
+    """What learns."""
     projector_from: str | None = None
     """A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's `mm_projector.bin`."""
 

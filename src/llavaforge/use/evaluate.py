@@ -24,6 +24,7 @@ from llavaforge.data.pack import Pack
 from llavaforge.data.plan import MicroBatch, in_order
 from llavaforge.data.records import IMAGE_PLACEHOLDER, Record, find_data_file, read_records
 from llavaforge.engine.plain import cast_parameters
+from llavaforge.errors import UserError
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.use.generate import Answerer, Question
@@ -37,11 +38,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a model on a data set.
 
     Returns:
-        num_samples, loss (per supervised token), exact_match (or None when answers are not generated).
+        num_samples, loss (per supervised token), exact_match (or None when answers are not generated), and what was
+        measured: model_name_or_path, data_path, blank_image.
 
     Raises:
         UserError: the model or the data is at fault.
     """
+    if config.output_dir is not None and (config.output_dir / "run.json").is_file():
+        raise UserError(f"{config.output_dir}: is a training run's folder. Give another --output_dir.")
     loaded = open_model(config.model_name_or_path)
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
     cast_parameters(step_module, compute_dtype(config.bf16))
@@ -52,6 +56,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )
     generates = _has_short_answers(records) if config.exact_match == "auto" else config.exact_match
+    if not generates:
+        logger.info("exact_match is not measured: answers are long, or --exact_match false")
     answerer = Answerer(loaded, config, config.max_new_tokens) if generates else None
     lines = list(_lines(config, step_module, dataset, records, answerer))
     summary = {
@@ -59,6 +65,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "loss": sum(line["loss"] * line["num_supervised"] for line in lines)
         / sum(line["num_supervised"] for line in lines),
         "exact_match": sum(line["correct"] for line in lines) / len(lines) if generates else None,
+        "model_name_or_path": config.model_name_or_path,
+        "data_path": str(config.data_path),
+        "blank_image": config.blank_image,
     }
     if config.output_dir is not None:
         _write(config.output_dir, lines, summary)
