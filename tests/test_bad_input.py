@@ -213,6 +213,12 @@ def test_folders_that_are_something_else(
     assert_refused(capsys, code, "file: is a file. Give another output_dir")
 
 
+def test_a_prompt_with_two_placeholders(tiny_llava: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = next((shapes / "train" / "images").iterdir())
+    flags = [f"--model_name_or_path={tiny_llava}", f"--image={image}", "--prompt=<image> and <image>"]
+    assert_refused(capsys, main(["chat", *flags]), "more than one `<image>`")
+
+
 def test_dashes_and_underscores_are_the_same_and_flags_override_the_recipe(tmp_path: Path) -> None:
     from llavaforge.cli import parse
 
