@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavaforge import __version__
-from llavaforge.errors import StoppedEarly, UserError
+from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
 
 if TYPE_CHECKING:
     from llavaforge.config.schema import Schema
@@ -50,6 +50,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("EvaluateConfig", "use.evaluate:evaluate", "held-out loss and exact match"),
     "chat": Verb("ChatConfig", "use.chat:chat", "ask a model about an image"),
     "export": Verb("ExportConfig", "use.export:export", "merge, normalise and verify a plain transformers folder"),
+    "slurm": Verb("SlurmConfig", "use.slurm:slurm", "write an sbatch script for a recipe"),
 }
 
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         config = parse(name, rest)
         result = _load(VERBS[name].function)(config)
-        if result is not None:
+        if result is not None and os.environ.get("RANK", "0") == "0":  # several processes have one result
             _write(json.dumps(result))
         return 0
     except UserError as error:
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedEarly as stop:
         sys.stderr.write(f"{stop}\n")
         return stop.exit_code
+    except EndedElsewhere as end:
+        return end.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -106,7 +109,7 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
         flags = [f"--{field}" for field in options.model_fields]
         raise UserError(f"llavaforge {name}: unknown argument `{unknown[0]}`.{load.nearest(unknown[0], flags)}")
     values = vars(given)
-    recipe = values.pop("recipe", None)
+    recipe = values.pop("recipe", None) if verb.takes_recipe else None
     merged = {**(load.read_recipe(Path(recipe)) if recipe else {}), **values}
     merged["stages"] = [_without(stage, values) for stage in merged.get("stages") or []]
     if not merged["stages"]:
@@ -187,7 +190,9 @@ def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.Argument
         choices = [str(value) for value in typing.get_args(info.annotation) if isinstance(value, str)]
         allowed = f" One of: {', '.join(choices)}." if typing.get_origin(info.annotation) is Literal else ""
         text = f"{info.description or ''}{allowed}{default}".replace("%", "%%")
-        if info.annotation is bool:
+        if field == "recipe":  # read, not merged with the flags
+            parser.add_argument(field, help=text)
+        elif info.annotation is bool:
             parser.add_argument(f"--{field}", nargs="?", const=True, metavar="true|false", help=text)
         elif str(info.annotation).startswith("list"):
             parser.add_argument(f"--{field}", nargs="+", metavar="NAME", help=text)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavaforge.data.plan import Plan, in_order, num_steps
+from llavaforge.data.plan import Plan, deal_in_order, in_order, num_steps
 from llavaforge.errors import UserError
 
 
@@ -17,6 +17,7 @@ def plan(num_samples: int = 50, **changes: Any) -> Plan:
         "samples": np.arange(num_samples),
         "lengths": lengths,
         "num_supervised": lengths // 2,
+        "costs": lengths.astype(float) ** 2,
         "global_batch_size": 8,
         "num_steps": 13,
         "seed": 0,
@@ -69,15 +70,40 @@ def test_resuming_continues_the_same_order() -> None:
     assert list(made.iterate(0, start_step=7)) == [batch for batch in whole if batch.step >= 7]
 
 
-def test_bins_are_balanced() -> None:
-    made = plan(world_size=4, max_samples=2)
-    tokens = [made.lengths[list(batch.samples)].sum() for rank in range(4) for batch in made.micro_batches(0, rank)]
-    assert max(tokens) - min(tokens) < made.lengths.max()
+def spread_of_a_plain_split(made: Plan) -> float:
+    """Busiest rank over the mean when samples are dealt in their order, as a distributed sampler deals them."""
+    works = [
+        [made.costs[made.global_batch(step)[rank :: made.world_size]].sum() for rank in range(made.world_size)]
+        for step in range(made.num_steps)
+    ]
+    return float(np.mean([max(work) / np.mean(work) for work in works]))
+
+
+def test_work_is_even_over_ranks_and_within_each_micro_step() -> None:
+    made = plan(num_samples=2000, world_size=4, max_samples=4, global_batch_size=64)
+    assert spread_of_a_plain_split(made) > 1.15
+    assert made.mean_spread() < 1.01
+    ranks = [made.micro_batches(0, rank) for rank in range(4)]
+    for together in zip(*ranks, strict=True):  # what runs at the same time
+        work = [made.costs[list(batch.samples)].sum() for batch in together]
+        assert max(work) / np.mean(work) < 1.05
+        assert {batch.most_supervised for batch in together} == {
+            max(made.num_supervised[list(batch.samples)].sum() for batch in together)
+        }
+
+
+def test_tokens_alone_may_bound_a_micro_batch() -> None:
+    made = plan(num_samples=400, global_batch_size=64, max_samples=2**31, max_tokens=200, world_size=2)
+    sizes = {len(batch.samples) for step in range(5) for rank in range(2) for batch in made.micro_batches(step, rank)}
+    assert max(sizes) > min(sizes) > 2
+    assert len(made.micro_batches(0, 0)) == 4  # 64 samples of 22 tokens on average: 1,400 tokens over 2 x 200
 
 
 def test_impossible_sizes_are_the_users_fault() -> None:
-    with pytest.raises(UserError, match="does not divide over 3 processes"):
+    with pytest.raises(UserError, match=r"does not divide over 3 processes: choose a multiple .* \(6 or 9\)"):
         plan(world_size=3)
+    with pytest.raises(UserError, match="8 processes are more than the 5 samples"):
+        plan(num_samples=5, world_size=8)
     with pytest.raises(UserError, match=r"longest sample has .* over max_tokens_per_batch 20"):
         plan(max_tokens=20)
 
@@ -86,6 +112,14 @@ def test_number_of_steps_covers_the_epochs() -> None:
     assert num_steps(100, 8, 1.0, 0) == 13
     assert num_steps(100, 8, 0.5, 0) == 7
     assert num_steps(100, 8, 3.0, 5) == 5
+
+
+def test_evaluation_gives_every_rank_as_many_batches_and_counts_each_once() -> None:
+    batches = [(0, 1), (2,), (3, 4), (5,), (6,)]
+    dealt = [deal_in_order(batches, np.arange(7), rank, 2) for rank in range(2)]
+    assert [len(mine) for mine in dealt] == [3, 3]
+    assert sorted(batch.samples for mine in dealt for batch, counts in mine if counts) == batches
+    assert [batch.most_supervised for batch, _ in dealt[0]] == [batch.most_supervised for batch, _ in dealt[1]]
 
 
 def test_batches_in_order_keep_order_and_bounds() -> None:

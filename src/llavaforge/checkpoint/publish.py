@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +23,14 @@ _TEMPORARY = ".tmp-"
 
 
 @contextmanager
-def publishing(destination: Path) -> Iterator[Path]:
+def publishing(destination: Path, entries: dict[str, dict[str, Any]] | None = None) -> Iterator[Path]:
     """Give a temporary sibling folder to fill; publish it as `destination` when the block ends well.
 
     If the block raises, the temporary folder is removed and nothing is published.
 
     Args:
         destination: a path that does not exist yet (or an empty folder).
+        entries: manifest entries of files that others wrote, flushed and summed (`entry_of`); filled within the block.
 
     Raises:
         FileExistsError: `destination` exists and is not empty; a published folder is never written again.
@@ -44,8 +45,8 @@ def publishing(destination: Path) -> Iterator[Path]:
     try:
         yield temporary
         _open_to_readers(temporary)
-        write_manifest(temporary)
-        _sync_tree(temporary)
+        write_manifest(temporary, entries or {})
+        _sync_tree(temporary, entries or {})
         if destination.exists():
             destination.rmdir()
         os.rename(temporary, destination)
@@ -55,20 +56,33 @@ def publishing(destination: Path) -> Iterator[Path]:
         raise
 
 
-def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`: size in bytes and SHA-256 of every other file below `folder`."""
-    files = _files(folder)
+def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]]) -> None:
+    """Write `manifest.json`: size in bytes and SHA-256 of every other file below `folder`.
+
+    Args:
+        folder: complete but for the manifest.
+        known: entries that are there already, by path.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    unknown = [name for name in paths if name not in known]
     with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(sha256, files))
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, sums, strict=True)
-    }
+        found = dict(zip(unknown, pool.map(lambda name: entry_of(paths[name]), unknown), strict=True))
+    entries = {name: known[name] if name in known else found[name] for name in paths}
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
 
 
-def faults(folder: Path) -> list[str]:
+def entry_of(path: Path) -> dict[str, Any]:
+    """Return a file's entry in the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def faults(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     """Compare a published folder with its manifest.
+
+    Args:
+        folder: published.
+        share: which part of the files to look at, when several processes divide the work.
+        num_shares: number of parts.
 
     Returns:
         One line per fault (missing manifest, missing file, other size, other content); empty when all is well.
@@ -77,8 +91,9 @@ def faults(folder: Path) -> list[str]:
         entries: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
         return [f"{MANIFEST}: unreadable ({error})"]
+    mine = sorted(entries.items())[share::num_shares]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: _fault(folder / item[0], item[1]), entries.items())
+        found = pool.map(lambda item: _fault(folder / item[0], item[1]), mine)
         return [fault for fault in found if fault]
 
 
@@ -154,6 +169,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def _sync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path, done: Mapping[str, dict[str, Any]]) -> None:
     for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
+        if path.relative_to(folder).as_posix() not in done:
+            sync_path(path)

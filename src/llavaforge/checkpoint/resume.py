@@ -6,47 +6,80 @@ Comes in: `output_dir` and the run's identity. Goes out: a valid checkpoint or N
 import fcntl
 import json
 import logging
+import secrets
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.publish import faults, remove_leftovers, replace_text
 from llavaforge.checkpoint.state import PREFIX, RUN, load_run, steps_of
+from llavaforge.engine.world import World
 from llavaforge.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_LOCK = ".lock"
+_SHARED_WITHIN_S = 60.0  # NFS caches attributes of a folder for up to 60 s by default (nfs(5), acdirmax)
+
 
 @contextmanager
-def claimed(output_dir: Path, run: dict[str, Any], is_writer: bool) -> Iterator[None]:
+def claimed(output_dir: Path, run: dict[str, Any], world: World) -> Iterator[None]:
     """Hold `output_dir` for this run while the block lasts.
 
     Args:
         output_dir: made when absent; `run.json` is put there.
         run: has `identity`: everything that the result depends on.
-        is_writer: rank 0 writes and locks, the others only look.
+        world: its writer writes and locks, the others look whether they see the same folder.
 
     Raises:
-        UserError: the folder holds something else, belongs to another run, or is being written by another process.
+        UserError: the folder holds something else, belongs to another run, is being written by another process, or is
+        not on a file system that all hosts share.
     """
-    if not is_writer:
+    with ExitStack() as held:
+        world.together(lambda: _claim(output_dir, run, held) if world.is_writer else None)
+        token = world.from_writer((output_dir / _LOCK).read_text() if world.is_writer else "")
+        world.together(lambda: _check_shared(output_dir / _LOCK, token))
         yield
-        return
+
+
+def _claim(output_dir: Path, run: dict[str, Any], held: ExitStack) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file. Give another output_dir.")
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("w") as lock:
+    lock = held.enter_context((output_dir / _LOCK).open("a"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"{output_dir}: another process is training here. Wait for it, or give another output_dir."
+        ) from None
+    lock.truncate(0)
+    lock.write(secrets.token_hex(8))
+    lock.flush()
+    _check_owner(output_dir, run)
+    remove_leftovers(output_dir)
+    replace_text(output_dir / RUN, json.dumps(run, indent=1) + "\n")
+
+
+def _check_shared(lock: Path, token: str) -> None:
+    """Check that this host sees what the writer has just written (a network drive may take a minute)."""
+    deadline = time.monotonic() + _SHARED_WITHIN_S
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if lock.read_text() == token:
+                return
+        except OSError as error:
+            logger.debug("not yet: %s", error)
+        if time.monotonic() > deadline:
             raise UserError(
-                f"{output_dir}: another process is training here. Wait for it, or give another output_dir."
-            ) from None
-        _check_owner(output_dir, run)
-        remove_leftovers(output_dir)
-        replace_text(output_dir / RUN, json.dumps(run, indent=1) + "\n")
-        yield
+                f"{lock.parent}: {socket.gethostname()} does not see there what process 0 writes. Give an output_dir "
+                "on a file system that all hosts share."
+            )
+        time.sleep(0.2)
 
 
 def begun(output_dir: Path) -> dict[str, Any] | None:
@@ -58,14 +91,14 @@ def begun(output_dir: Path) -> dict[str, Any] | None:
     return load_run(output_dir) if left else None
 
 
-def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], is_writer: bool) -> Path | None:
-    """Return the checkpoint to go on from.
+def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], world: World) -> Path | None:
+    """Return the checkpoint to go on from; all processes call this and get the same answer.
 
     Args:
         output_dir: the run's folder.
         asked: `auto`, or a checkpoint folder.
         run: has `identity`, which must be the checkpoint's.
-        is_writer: only rank 0 renames a corrupt checkpoint.
+        world: its processes divide the reading; the writer renames a corrupt checkpoint.
 
     Returns:
         The newest valid one (invalid ones are renamed `.corrupt`, with a warning), or None to start anew.
@@ -73,20 +106,31 @@ def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], is
     Raises:
         UserError: the one asked for is missing, corrupt, or of another run.
     """
+
+    def faults_of(folder: Path) -> list[str]:
+        shares = world.gather(world.together(lambda: faults(folder, world.rank, world.size)))
+        return list(dict.fromkeys(fault for share in shares for fault in share))
+
     if isinstance(asked, Path):
-        found = faults(asked)
-        if found:
-            raise UserError(f"{asked} cannot be resumed from: {'; '.join(found)}. Give another checkpoint-N or `auto`.")
-        _check_identity(asked, load_run(asked), run)
+        found = faults_of(asked)
+
+        def check() -> None:
+            if found:
+                raise UserError(
+                    f"{asked} cannot be resumed from: {'; '.join(found)}. Give another checkpoint-N or `auto`."
+                )
+            _check_identity(asked, load_run(asked), run)
+
+        world.together(check)
         return asked
-    for step in reversed(steps_of(output_dir)):
+    for step in reversed(world.from_writer(steps_of(output_dir) if world.is_writer else [])):
         folder = output_dir / f"{PREFIX}{step}"
-        found = faults(folder)
+        found = faults_of(folder)
         if not found:
-            _check_identity(folder, load_run(folder), run)
+            world.together(partial(_check_identity, folder, load_run(folder), run))
             return folder
-        logger.warning("%s is corrupt (%s); falling back to the one before", folder, "; ".join(found))
-        if is_writer:
+        if world.is_writer:
+            logger.warning("%s is corrupt (%s); falling back to the one before", folder, "; ".join(found))
             folder.rename(folder.with_name(folder.name + ".corrupt"))
     return None
 

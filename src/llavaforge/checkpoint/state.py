@@ -3,26 +3,28 @@
 Comes in: an engine and the run's counts. Goes out: `output_dir/checkpoint-N/`, readable by either engine on any
 number of processes:
 
-    state.safetensors     weight/<name>, exp_avg/<name>, exp_avg_sq/<name>, float32 (in shards when large)
+    state.safetensors     weight/<name>, exp_avg/<name>, exp_avg_sq/<name>, float32, full shape; in shards
+                          (state-00001-of-00004.safetensors and an index) when large or written by several processes
     train_state.json      step, counts
     run.json              what run this belongs to: identity, config, base model
     manifest.json         sizes and SHA-256
 
-Called by `train/run.py`.
+What is frozen is not in it: it is found in the base model, whose fingerprint `run.json` holds. Called by
+`train/trainer.py`.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llavaforge.checkpoint.publish import publishing, replace_text
+from llavaforge.checkpoint.publish import entry_of, publishing, replace_text, sync_path
 from llavaforge.engine.base import Engine, ParameterState
-from llavaforge.model_folder.tensors import open_tensors, write_shards
+from llavaforge.model_folder.tensors import name_shards, open_tensors, write_numbered
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +41,27 @@ def save(
 ) -> Path:
     """Publish `checkpoint-STEP`, move the `latest` pointer, and remove the oldest beyond `keep`.
 
-    All ranks call this; rank 0 writes.
+    All processes call this; each writes, sums and flushes its share of the tensors, the writer publishes.
     """
-    folder = output_dir / f"{PREFIX}{step}"
-    if engine.rank == 0 and not folder.exists():
-        with publishing(folder) as temporary:
-            write_shards(temporary, STEM, _flat(engine))
+    folder, world = output_dir / f"{PREFIX}{step}", engine.world
+    if world.from_writer(folder.exists()):
+        return folder
+    if not world.is_writer:
+        temporary = Path(world.from_writer(""))
+        world.gather(_write_share(temporary, engine))
+    else:
+        entries: dict[str, dict[str, Any]] = {}
+        with publishing(folder, entries) as temporary:
+            world.from_writer(str(temporary))
+            shares = world.gather(_write_share(temporary, engine))
+            shards = [shard for share in shares for shard in share]
+            paths = name_shards(temporary, STEM, [(name, tensors) for name, tensors, _ in shards])
+            entries |= {path.name: entry for path, (_, _, entry) in zip(paths, shards, strict=True)}
             (temporary / TRAIN_STATE).write_text(json.dumps(train_state, indent=1) + "\n")
             (temporary / RUN).write_text(json.dumps(run, indent=1) + "\n")
         replace_text(output_dir / LATEST, folder.name + "\n")
         _rotate(output_dir, keep)
-    elif engine.rank != 0:
-        for _ in engine.trainable_state():
-            pass
-    engine.barrier()
+    world.barrier()
     return folder
 
 
@@ -68,11 +77,21 @@ def load_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def load_parameter_states(folder: Path) -> dict[str, ParameterState]:
-    """Read weights and moments, by module name."""
-    tensors = open_tensors(folder, STEM)
-    names = [key.removeprefix("weight/") for key in tensors if key.startswith("weight/")]
-    return {name: ParameterState(*(tensors[f"{key}/{name}"] for key in _KEYS)) for name in names}
+class ParameterStates(Mapping[str, ParameterState]):
+    """Weights and moments of a checkpoint by module name; each is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors = open_tensors(folder, STEM)
+        self._names = [key.removeprefix("weight/") for key in self._tensors if key.startswith("weight/")]
+
+    def __getitem__(self, name: str) -> ParameterState:
+        return ParameterState(*(self._tensors[f"{key}/{name}"] for key in _KEYS))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,6 +104,15 @@ def steps_of(output_dir: Path) -> list[int]:
     """Return the steps of the published checkpoints, oldest first."""
     suffixes = [path.name.removeprefix(PREFIX) for path in output_dir.glob(f"{PREFIX}*")]
     return sorted(int(suffix) for suffix in suffixes if suffix.isdigit())
+
+
+def _write_share(folder: Path, engine: Engine) -> list[tuple[str, list[str], dict[str, Any]]]:
+    """Write the tensors that fall to this process; return file name, tensor names and manifest entry of each shard."""
+    shards = write_numbered(folder, f"{STEM}-of-{engine.world.rank:05d}", _flat(engine))
+    for path, _ in shards:
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
+        sync_path(path)
+    return [(path.name, names, entry_of(path)) for path, names in shards]
 
 
 def _flat(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

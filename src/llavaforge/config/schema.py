@@ -14,6 +14,15 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+_MICRO_BATCH = 8
+_NO_BOUND = 2**31
+
+
+def shipped_deepspeed() -> dict[str, Path]:
+    """Return the DeepSpeed files that llavaforge brings, by name (`recipes/deepspeed/` in the repository)."""
+    folder = Path(__file__).parent.parent / "assets" / "deepspeed"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
 
 class Schema(BaseModel):
     """Base of all option classes."""
@@ -103,10 +112,10 @@ class TrainConfig(SampleOptions):
     """Number of optimizer steps; 0 derives it from `num_train_epochs`."""
     global_batch_size: PositiveInt | None = None
     """Samples per optimizer step over all processes; accumulation is derived from it."""
-    per_device_train_batch_size: PositiveInt = 8
-    """Most samples in one micro-batch of one process."""
+    per_device_train_batch_size: PositiveInt | None = None
+    """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
     max_tokens_per_batch: PositiveInt | None = None
-    """Most tokens in one micro-batch of one process."""
+    """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
 
@@ -148,8 +157,11 @@ class TrainConfig(SampleOptions):
     """Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it."""
     gradient_checkpointing: bool = False
     """Recompute the language model's layers in the backward pass to save memory."""
-    deepspeed: Path | None = None
-    """A DeepSpeed JSON file (its ZeRO section is used); several processes default to ZeRO-2."""
+    deepspeed: str | None = None
+    """`zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several processes default
+    to `zero2`, a single one to plain PyTorch."""
+    stuck_timeout_s: Annotated[float, Field(ge=1)] = 300.0
+    """Seconds after which a run of several processes is ended when one of them does not answer or gets nowhere."""
     dataloader_num_workers: NonNegativeInt = 2
     """Processes that decode images (0: the training process itself)."""
     seed: int = 42
@@ -175,8 +187,12 @@ class TrainConfig(SampleOptions):
             raise ValueError("give eval_data_path or eval_holdout, not both")
         if self.eval_steps and not (self.eval_data_path or self.eval_holdout):
             raise ValueError("eval_steps needs held-out data: give eval_data_path or eval_holdout")
-        if self.deepspeed is not None and not self.deepspeed.is_file():
-            raise ValueError(f"deepspeed: no such file: {self.deepspeed}")
+        if self.deepspeed is not None and self.deepspeed not in shipped_deepspeed():
+            if not Path(self.deepspeed).is_file():
+                names = ", ".join(shipped_deepspeed())
+                raise ValueError(f"deepspeed: no such file: {self.deepspeed} (or one of {names})")
+        if self.max_tokens_per_batch and not (self.global_batch_size or self.per_device_train_batch_size):
+            raise ValueError("max_tokens_per_batch bounds micro-batches only: give global_batch_size too")
         if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
             raise ValueError("give warmup_ratio or warmup_steps, not both")
         if self.global_batch_size and self.gradient_accumulation_steps:
@@ -186,6 +202,13 @@ class TrainConfig(SampleOptions):
         if self.prompt_style == "plain" and self.system_prompt:
             raise ValueError("system_prompt has no place in prompt_style plain: drop it, or use prompt_style chat")
         return self
+
+    @property
+    def max_samples_per_batch(self) -> int:
+        """Most samples in one micro-batch of one process."""
+        if self.per_device_train_batch_size is not None:
+            return self.per_device_train_batch_size
+        return _NO_BOUND if self.max_tokens_per_batch else _MICRO_BATCH
 
 
 class EvaluateConfig(SampleOptions):
@@ -241,6 +264,39 @@ class ExportConfig(Schema):
     """Where the exported model is written."""
     overwrite: bool = False
     """Replace a non-empty output folder."""
+
+
+class SlurmConfig(Schema):
+    """Write an sbatch script that trains a recipe. What SLURM has and is not here is given to sbatch itself."""
+
+    recipe: Path
+    """The YAML recipe to train."""
+    nodes: PositiveInt = 1
+    """Number of nodes."""
+    gpus_per_node: PositiveInt = 4
+    """GPUs of each node, and processes on it."""
+    cpus_per_gpu: PositiveInt = 12
+    """Processor cores of each process; its loader workers run on them too."""
+    mem: str | None = None
+    """Memory of each node, such as 480G (0: all of it; default: the cluster's)."""
+    time: str | None = None
+    """Time limit of one start, as SLURM writes it: 24:00:00, 2-12 (default: the partition's); then the run goes on."""
+    partition: str | None = None
+    """Partition to run in."""
+    account: str | None = None
+    """Account to charge."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    job_name: str = "llavaforge"
+    """Name of the job, and of its log: `<job_name>-<job number>.log`."""
+    deepspeed: str | None = None
+    """As in `train`; overrides the recipe's."""
+    output: Path | None = None
+    """The script to write (default: the recipe's name with .sh, in the current folder)."""
+    overwrite: bool = False
+    """Replace the script if it is there."""
 
 
 class QuickstartConfig(Schema):

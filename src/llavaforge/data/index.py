@@ -83,10 +83,10 @@ class SampleIndex:
         """Supervised tokens per sample."""
         return self._numbers("num_supervised")
 
-    @property
-    def has_images(self) -> bool:
-        """Whether any sample has an image."""
-        return int(self.table.column("image").null_count) < len(self)
+    @cached_property
+    def num_images(self) -> npt.NDArray[np.int64]:
+        """Images per sample."""
+        return np.asarray(self.table.column("image").is_valid().to_numpy(), dtype=np.int64)
 
     def _numbers(self, column: str) -> npt.NDArray[np.int64]:
         return np.asarray(self.table.column(column).to_numpy(), dtype=np.int64)

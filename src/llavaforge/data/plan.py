@@ -5,7 +5,7 @@ Resuming at step 1,000,000 costs nothing: a step is computed from its number.
 
 The stream of samples is the shuffled epochs one after the other; step b takes samples b*G .. (b+1)*G of it (G the
 global batch). Which rank and which micro-batch a sample lands in is decided per step from lengths alone, so that the
-bins carry about the same number of tokens.
+bins carry about the same work, and those that run at the same time most of all.
 """
 
 import heapq
@@ -22,12 +22,23 @@ from llavaforge.errors import UserError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one `micro_step` works on: sample numbers, and the step they belong to."""
+    """What one `micro_step` works on.
+
+    Attributes:
+        step: number of the step it belongs to.
+        samples: numbers of its samples.
+        is_last_of_step: whether an optimizer step follows.
+        num_supervised_in_step: supervised tokens of the whole global batch.
+        most_supervised: supervised tokens of the rank that has most of them in this micro-step.
+        spread: work of the busiest rank in this step, divided by the mean over ranks.
+    """
 
     step: int
     samples: tuple[int, ...]
     is_last_of_step: bool
     num_supervised_in_step: int
+    most_supervised: int = 0
+    spread: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +49,7 @@ class Plan:
         samples: the numbers (rows of the index) that take part.
         lengths: tokens per row of the index.
         num_supervised: supervised tokens per row of the index.
+        costs: work per row of the index, in any unit (`model/flops.py`).
         global_batch_size: samples per step over all ranks.
         num_steps: steps of the run.
         seed: of the shuffling.
@@ -49,6 +61,7 @@ class Plan:
     samples: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     num_supervised: npt.NDArray[np.int64]
+    costs: npt.NDArray[np.float64]
     global_batch_size: int
     num_steps: int
     seed: int
@@ -57,11 +70,7 @@ class Plan:
     max_tokens: int | None
 
     def __post_init__(self) -> None:
-        if self.global_batch_size % self.world_size:
-            raise UserError(
-                f"global_batch_size {self.global_batch_size} does not divide over {self.world_size} processes: "
-                "choose a multiple of the number of processes."
-            )
+        check_world(self.global_batch_size, len(self.samples), self.world_size)
         longest = int(self.lengths[self.samples].max())
         if self.max_tokens is not None and longest > self.max_tokens:
             raise UserError(
@@ -85,11 +94,26 @@ class Plan:
         )
         while (bins := self._fill(batch, num_bins)) is None:
             num_bins += self.world_size
-        mine = bins[rank :: self.world_size]
+        rounds = self._rounds(bins)
+        works = np.array([[self.costs[samples].sum() for samples in round_] for round_ in rounds])
+        totals = works.sum(axis=0)
         supervised = int(self.num_supervised[batch].sum())
         return [
-            MicroBatch(step, tuple(samples), number == len(mine) - 1, supervised) for number, samples in enumerate(mine)
+            MicroBatch(
+                step,
+                tuple(round_[rank]),
+                number == len(rounds) - 1,
+                supervised,
+                most_supervised=max(int(self.num_supervised[samples].sum()) for samples in round_),
+                spread=float(totals.max() / max(totals.mean(), 1e-300)),
+            )
+            for number, round_ in enumerate(rounds)
         ]
+
+    def mean_spread(self, num_steps: int = 100) -> float:
+        """Return the mean spread of (up to) so many steps, evenly taken from the whole run."""
+        steps = np.unique(np.linspace(0, self.num_steps - 1, num_steps, dtype=np.int64))
+        return float(np.mean([self.micro_batches(int(step), 0)[0].spread for step in steps]))
 
     def iterate(self, rank: int, start_step: int = 0) -> Iterator[MicroBatch]:
         """Yield all micro-batches of one rank from `start_step` on."""
@@ -100,23 +124,85 @@ class Plan:
         return self.samples[_permutation(len(self.samples), self.seed, epoch)]
 
     def _fill(self, batch: npt.NDArray[np.int64], num_bins: int) -> list[list[int]] | None:
-        """Spread a batch over bins, longest first into the lightest bin that has room; None when it does not fit.
+        """Spread a batch over bins, costliest first into the least busy bin that has room; None when it does not fit.
 
-        (Longest-processing-time rule, Graham 1969, with a bound on the samples of a bin.)
+        (Longest-processing-time rule, Graham 1969, with bounds on the samples and tokens of a bin.)
         """
         bins: list[list[int]] = [[] for _ in range(num_bins)]
-        lightest = [(0, number) for number in range(num_bins)]
-        for sample in sorted(batch.tolist(), key=lambda s: (-int(self.lengths[s]), s)):
-            if not lightest:
+        num_tokens = [0] * num_bins
+        least_busy = [(0.0, number) for number in range(num_bins)]
+        for sample in sorted(batch.tolist(), key=lambda s: (-float(self.costs[s]), s)):
+            length, too_full = int(self.lengths[sample]), []
+            while (
+                least_busy and self.max_tokens is not None and num_tokens[least_busy[0][1]] + length > self.max_tokens
+            ):
+                too_full.append(heapq.heappop(least_busy))
+            if not least_busy:
                 return None
-            tokens, number = heapq.heappop(lightest)
-            tokens += int(self.lengths[sample])
-            if self.max_tokens is not None and tokens > self.max_tokens:
-                return None
+            work, number = heapq.heappop(least_busy)
             bins[number].append(sample)
+            num_tokens[number] += length
             if len(bins[number]) < self.max_samples:
-                heapq.heappush(lightest, (tokens, number))
+                heapq.heappush(least_busy, (work + float(self.costs[sample]), number))
+            for entry in too_full:
+                heapq.heappush(least_busy, entry)
         return bins
+
+    def _rounds(self, bins: list[list[int]]) -> list[list[list[int]]]:
+        """Deal bins to micro-steps and ranks: `rounds[micro_step][rank]`.
+
+        Bins that cost about the same run at the same time, since ranks wait for each other in every micro-step; within
+        a round the costliest bin goes to the rank that has had least so far.
+        """
+        ordered = sorted(bins, key=lambda samples: (-float(self.costs[samples].sum()), samples))
+        done = [0.0] * self.world_size
+        rounds = []
+        for start in range(0, len(ordered), self.world_size):
+            round_: list[list[int]] = [[] for _ in range(self.world_size)]
+            ranks = sorted(range(self.world_size), key=lambda rank: (done[rank], rank))
+            for rank, samples in zip(ranks, ordered[start : start + self.world_size], strict=True):
+                round_[rank] = samples
+                done[rank] += float(self.costs[samples].sum())
+            rounds.append(round_)
+        return rounds
+
+
+def check_world(global_batch_size: int, num_samples: int | None, world_size: int) -> None:
+    """Check that a global batch can be dealt to so many processes.
+
+    Raises:
+        UserError: it does not divide, or there are more processes than samples.
+    """
+    if global_batch_size % world_size:
+        below = global_batch_size // world_size * world_size
+        nearest = f"{below} or {below + world_size}" if below else str(world_size)
+        raise UserError(
+            f"global_batch_size {global_batch_size} does not divide over {world_size} processes: choose a multiple of "
+            f"the number of processes ({nearest}), or start another number of processes."
+        )
+    if num_samples is not None and num_samples < world_size:
+        raise UserError(
+            f"{world_size} processes are more than the {num_samples} samples to train on: start at most {num_samples} "
+            "processes, or add data."
+        )
+
+
+def deal_in_order(
+    batches: list[tuple[int, ...]], num_supervised: npt.NDArray[np.int64], rank: int, world_size: int
+) -> list[tuple[MicroBatch, bool]]:
+    """Deal batches to ranks for evaluation, the same number to each.
+
+    Returns:
+        This rank's batches, and whether each counts: some ranks repeat the last one to keep the others company.
+    """
+    num_rounds = math.ceil(len(batches) / world_size)
+    mine = []
+    for start in range(0, num_rounds * world_size, world_size):
+        most = max(int(num_supervised[list(batch)].sum()) for batch in batches[start : start + world_size])
+        counts = start + rank < len(batches)
+        batch = batches[start + rank] if counts else batches[-1]
+        mine.append((MicroBatch(0, batch, True, 0, most_supervised=most), counts))
+    return mine
 
 
 def in_order(

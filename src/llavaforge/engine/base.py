@@ -1,7 +1,7 @@
-"""What a training loop needs of an engine, and nothing else. All distributed code lives behind this.
+"""What a training loop needs of an engine, and nothing else. All distributed code lives behind this and `world.py`.
 
-Comes in: a `StepModule` and `Group`s. Goes out: gradients, steps, sums over ranks, the state to save.
-Called by `train/run.py`; implemented by `plain.py` (one process) and `zero.py` (DeepSpeed).
+Comes in: a `StepModule` and `Group`s. Goes out: gradients, steps, the state to save.
+Called by `train/`; implemented by `plain.py` (one process) and `zero.py` (DeepSpeed).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from llavaforge.data.pack import Pack
+from llavaforge.engine.world import World
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group
 
@@ -56,14 +57,10 @@ class Engine(Protocol):
     """One process of a run.
 
     Attributes:
-        rank: number of this process.
-        world_size: number of processes.
-        device: where packs go.
+        world: the processes of the run.
     """
 
-    rank: int
-    world_size: int
-    device: torch.device
+    world: World
 
     def prepare(
         self, step_module: StepModule, groups: Sequence[Group], options: AdamWOptions, dtype: torch.dtype
@@ -71,34 +68,31 @@ class Engine(Protocol):
         """Take the model over: move it, keep float32 masters of what learns, compute in `dtype`."""
 
     def restore(self, states: Mapping[str, ParameterState], num_steps: int) -> None:
-        """Set masters, moments and AdamW's step count to a saved state."""
+        """Set masters, moments and AdamW's step count to a saved state, one parameter in memory at a time."""
 
     def micro_step(self, pack: Pack, scale: float) -> float:
-        """Run forward and backward of `scale * loss_sum` and return the unscaled `loss_sum` of this rank."""
+        """Run forward and backward of `scale * loss_sum` and return the unscaled `loss_sum` of this process."""
 
     def step(self, rate_factor: float) -> StepResult:
         """Clip and apply the gradient with each group's peak rate times `rate_factor`."""
 
     def loss_sum(self, pack: Pack) -> float:
-        """Return this rank's summed loss without gradients."""
+        """Return this process's summed loss without gradients; all processes call it equally often."""
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the sums of some numbers over ranks."""
+    def local(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Return what this process holds of a parameter: all of it, or under ZeRO-3 its share."""
 
-    def any(self, flag: bool) -> bool:
-        """Say whether the flag is set on any rank."""
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
+    def local_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what this process holds of every float32 master, by module name; it may be empty."""
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every trainable parameter's float32 weight by module name, full shape, on the CPU; see below."""
+        """Yield every master by module name, full shape, on the CPU, to the writer; all iterate to the end."""
 
     def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
-        """Yield every trainable parameter's state by module name, one at a time; all ranks must iterate together."""
+        """Yield the state of the parameters that this process writes, by module name, one at a time.
+
+        Each parameter goes to one process, about the same number of bytes to each. All iterate to the end.
+        """
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory this process has held (the device's, or the process's on a CPU)."""
-
-    def close(self) -> None:
-        """Leave the process group."""

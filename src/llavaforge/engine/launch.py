@@ -1,41 +1,62 @@
-"""Which engine a process gets, from the environment that torchrun or srun left.
+"""Where a process stands among those of its run, from the environment that torchrun or srun left; and its engine.
 
-torchrun sets WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; srun sets SLURM_NTASKS, SLURM_PROCID,
-SLURM_LOCALID.
+torchrun sets WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; srun sets SLURM_STEP_NUM_TASKS, SLURM_PROCID,
+SLURM_LOCALID, SLURM_STEP_NODELIST. Called by `train/run.py`.
 """
 
 import os
-from pathlib import Path
+from collections.abc import MutableMapping
+from typing import Any
 
 from llavaforge.engine.base import Engine
 from llavaforge.engine.plain import PlainEngine
+from llavaforge.engine.world import World
+from llavaforge.errors import UserError
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def open_engine(deepspeed_config: Path | None) -> Engine:
-    """Return the engine of this process: plain when it is alone, DeepSpeed otherwise."""
-    _adopt_srun()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return PlainEngine()
+def open_engine(world: World, deepspeed_settings: dict[str, Any] | None) -> Engine:
+    """Return the engine of this process: plain without DeepSpeed settings, ZeRO with them."""
+    if deepspeed_settings is None:
+        return PlainEngine(world)
     from llavaforge.engine.zero import ZeroEngine
 
-    return ZeroEngine(deepspeed_config)
+    return ZeroEngine(world, deepspeed_settings)
 
 
-def _adopt_srun() -> None:
+def num_processes(environment: MutableMapping[str, str] = os.environ) -> int:
+    """Return the number of processes of the run; srun's variables are given torchrun's names.
+
+    Raises:
+        UserError: WORLD_SIZE is set without the others that torchrun sets beside it.
+    """
+    _adopt_srun(environment)
+    size = int(environment.get("WORLD_SIZE", "1"))
+    missing = [name for name in _TORCHRUN if name not in environment]
+    if size > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE is {size} but {', '.join(missing)} not set. Start several processes with torchrun or srun."
+        )
+    return size
+
+
+def _adopt_srun(environment: MutableMapping[str, str]) -> None:
     """Give srun's ranks the names that torch.distributed knows.
 
     Only inside a job step with several tasks: an interactive allocation also sets SLURM_NTASKS.
     """
-    if "WORLD_SIZE" in os.environ or "SLURM_STEP_ID" not in os.environ:
+    if "WORLD_SIZE" in environment or "SLURM_STEP_ID" not in environment:
         return
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    # One job has one port, and two jobs on a node must not share it.
-    os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    # Two jobs on a node must not share a port, nor two steps of a job, nor a step and what is left of the one before.
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    environment.setdefault("MASTER_PORT", str(20_000 + (job * 7 + step) % 12_000))  # below the ephemeral ports
+    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
 
 
 def _first_host(nodelist: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from llavaforge.data.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
+from llavaforge.engine.world import World
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group
 
@@ -22,11 +23,8 @@ from llavaforge.model.trainable import Group
 class PlainEngine:
     """The engine of a single process; see `engine/base.py`."""
 
-    rank = 0
-    world_size = 1
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, world: World) -> None:
+        self.world, self.device = world, world.device
         self._masters: dict[str, nn.Parameter] = {}
         self._parameters: dict[str, nn.Parameter] = {}
 
@@ -60,8 +58,9 @@ class PlainEngine:
             master.data.copy_(state.weight)
             self._optimizer.state[master] = {
                 "step": torch.tensor(float(num_steps), device=self.device),
-                "exp_avg": state.exp_avg.to(self.device),
-                "exp_avg_sq": state.exp_avg_sq.to(self.device),
+                # Copies: what was read may be mapped from a file that is going to be removed.
+                "exp_avg": state.exp_avg.to(self.device, copy=True),
+                "exp_avg_sq": state.exp_avg_sq.to(self.device, copy=True),
             }
         self._publish_masters()
 
@@ -94,16 +93,14 @@ class PlainEngine:
         self._module.train()
         return loss
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """See `Engine.sum`."""
-        return list(values)
+    def local(self, parameter: nn.Parameter) -> torch.Tensor:
+        """See `Engine.local`."""
+        return parameter.detach()
 
-    def any(self, flag: bool) -> bool:
-        """See `Engine.any`."""
-        return flag
-
-    def barrier(self) -> None:
-        """See `Engine.barrier`."""
+    def local_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Engine.local_masters`."""
+        for name, master in self._masters.items():
+            yield name, master.detach()
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine.masters`."""
@@ -127,9 +124,6 @@ class PlainEngine:
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
         return peak_memory_bytes(self.device)
-
-    def close(self) -> None:
-        """See `Engine.close`."""
 
     def _master(self, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
         if dtype == torch.float32:

@@ -1,50 +1,60 @@
 """Several processes: DeepSpeed with ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), started by torchrun or srun.
 
-DeepSpeed averages gradients over ranks and over `gradient_accumulation_steps`; we want the sum over all, so the scale
-is multiplied back here. What DeepSpeed decides in silence (clipping 1.0, bf16 accumulation) is set in `_settings`.
+DeepSpeed averages gradients over ranks; we want their sum, so the scale is multiplied back here. What DeepSpeed decides
+in silence (clipping at 1.0, accumulation in bfloat16) is set by `zero_config.py`.
+
+Facts of DeepSpeed 0.19.8 that this file works around:
+
+* The copy that computes follows the masters only in a step, and AdamW's moments exist only after one. So masters are
+  set first; then, under ZeRO-1 and 2, one step of zero gradient at rate zero carries them over and makes the moments;
+  under ZeRO-3, where such a step would need a forward pass, both are done by hand; then the moments are set.
+* Under ZeRO-1 and 2 the moments of all parameter groups are linked once the first group has stepped, when the others
+  have none yet: they are linked again.
+* `safe_set_full_*` fails under ZeRO-3 where a parameter's size does not divide over the ranks: each rank sets its own
+  share.
 """
 
-import json
+import heapq
 import math
-import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import nn
 
 from llavaforge.data.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
 from llavaforge.engine.plain import peak_memory_bytes
-from llavaforge.errors import UserError
+from llavaforge.engine.world import World
+from llavaforge.engine.zero_config import offloads_optimizer, stage_of
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group
 
-_TIMEOUT = timedelta(minutes=30)  # the slowest collective waits for rank 0 to write a checkpoint
-_CLIP_NEVER = 1e30  # DeepSpeed reads 0 as "no clipping" but then reports no norm
+_CLIP_NEVER = 1e30  # DeepSpeed reads 0 as "no clipping" but some of its optimizers then report no norm
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
-    """The engine of one of several processes; see `engine/base.py`."""
+    """The engine of one of several processes; see `engine/base.py`.
 
-    def __init__(self, config_file: Path | None = None) -> None:
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        try:
+    Args:
+        world: joined; a process group exists.
+        settings: of `zero_config.resolve`.
+    """
+
+    def __init__(self, world: World, settings: dict[str, Any]) -> None:
+        with redirect_stdout(sys.stderr):  # it prints what it builds; our stdout is for results
             import deepspeed
-        except ImportError:
-            raise UserError("Several processes need DeepSpeed: pip install 'llavaforge[deepspeed]'.") from None
+
+            deepspeed.init_distributed(verbose=False)
+        warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # how DeepSpeed calls it
+        self.world, self.device = world, world.device
         self._deepspeed = deepspeed
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            torch.cuda.set_device(self.device)
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, verbose=False)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._zero = _zero_section(config_file)
+        self._settings = settings
+        self._shards_weights = stage_of(settings) == 3
         self._has_moments = False  # DeepSpeed makes AdamW's moments in the first step
 
     def prepare(
@@ -53,58 +63,54 @@ class ZeroEngine:
         """See `Engine.prepare`."""
         self._rates = [group.learning_rate for group in groups]
         self._parameters = {name: p for group in groups for name, p in group.parameters.items()}
-        self._options = options
-        originals = {n: p.detach().float().clone() for n, p in self._parameters.items() if p.dtype != dtype}
-        buffers = {name: buffer.clone() for name, buffer in step_module.named_buffers()}
-        for parameter in step_module.parameters():
-            parameter.data = parameter.data.to(dtype)
-        optimizer = torch.optim.AdamW(
-            [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in groups],
-            lr=0.0,
-            betas=options.betas,
-            eps=options.epsilon,
-        )
-        self._engine, self._optimizer, *_ = self._deepspeed.initialize(
-            model=step_module, optimizer=optimizer, config=_settings(self._zero, options, dtype)
-        )
-        for name, buffer in step_module.named_buffers():  # DeepSpeed casts them with the weights
-            buffer.data = buffers[name].to(buffer.device)
+        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        # Kept as they are until the masters have their precision; weights mapped from a file take no memory.
+        originals = {n: p.detach() for n, p in self._parameters.items() if p.dtype != dtype}
+        step_module.runs_all_modules = self._shards_weights and self.world.size > 1
+        optimizer = self._optimizer_of(groups, options)
+        settings = self._settings | {
+            # Batch sizes are ours to count; DeepSpeed wants some.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": options.max_grad_norm or _CLIP_NEVER,
+        }
+        with redirect_stdout(sys.stderr):
+            self._take_weights(step_module, dtype, settings)
+            self._engine, self._optimizer, *_ = self._deepspeed.initialize(
+                model=step_module, optimizer=optimizer, config=settings
+            )
         self._engine.train()
-        if originals:  # masters start from the file's precision, not from the rounded weights
-            zeros = {name: torch.zeros_like(weight) for name, weight in originals.items()}
-            self.restore({n: ParameterState(w, zeros[n], zeros[n]) for n, w in originals.items()}, 0)
+        if originals:
+            for name, weight in originals.items():
+                self._set_share(name, weight)
+            self._carry_over()
 
     def restore(self, states: Mapping[str, ParameterState], num_steps: int) -> None:
         """See `Engine.restore`."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        self._make_optimizer_states()
         for name, state in states.items():
-            parameter = self._parameters[name]
-            safe_set_full_fp32_param(parameter, state.weight.to(self.device))
-            safe_set_full_optimizer_state(parameter, state.exp_avg.to(self.device), "exp_avg")
-            safe_set_full_optimizer_state(parameter, state.exp_avg_sq.to(self.device), "exp_avg_sq")
-            # The low-precision copy that computes is refreshed only by a step: set it here too.
-            parameter.data.copy_(state.weight.to(parameter.device, parameter.dtype))
+            self._set_share(name, state.weight)
+        self._carry_over()
+        for name, state in states.items():
+            for key in _MOMENTS:
+                self._set_share(name, getattr(state, key), key)
         for moments in self._optimizer.optimizer.state.values():
-            moments["step"] = torch.tensor(float(num_steps))
+            moments["step"] = self._step_count(num_steps)
 
     def micro_step(self, pack: Pack, scale: float) -> float:
         """See `Engine.micro_step`."""
         self._engine.set_gradient_accumulation_boundary(pack.source.is_last_of_step)
         loss = self._engine(pack.to(self.device))
-        self._engine.backward(loss * (scale * self.world_size), scale_wrt_gas=False)
+        self._engine.backward(loss * (scale * self.world.size), scale_wrt_gas=False)
         return float(loss.detach())
 
     def step(self, rate_factor: float) -> StepResult:
         """See `Engine.step`."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.step()
-        self._link_moments()
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return StepResult(norm, skipped=not math.isfinite(norm))
+        self._take_step()
+        skipped = bool(self._optimizer.overflow)
+        norm = math.inf if skipped else float(self._engine.get_global_grad_norm())
+        return StepResult(norm, skipped)
 
     @torch.no_grad()
     def loss_sum(self, pack: Pack) -> float:
@@ -114,96 +120,144 @@ class ZeroEngine:
         self._engine.train()
         return loss
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """See `Engine.sum`."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        return [float(total) for total in totals]
+    def local(self, parameter: nn.Parameter) -> torch.Tensor:
+        """See `Engine.local`."""
+        shard: torch.Tensor = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        return shard.detach()
 
-    def any(self, flag: bool) -> bool:
-        """See `Engine.any`."""
-        return self.sum([float(flag)])[0] > 0
-
-    def barrier(self) -> None:
-        """See `Engine.barrier`."""
-        dist.barrier()
+    def local_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Engine.local_masters`."""
+        for name in self._parameters:
+            yield name, self._share(name)
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine.masters`."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for name, parameter in self._parameters.items():
-            yield name, safe_get_full_fp32_param(parameter).detach().to("cpu", torch.float32, copy=True)
+        for name in self._parameters:
+            self.world.at(f"gathering {name}")
+            weight = self._full(name)
+            if self.world.is_writer:
+                yield name, weight.to("cpu", copy=True)
 
     def trainable_state(self) -> Iterator[tuple[str, ParameterState]]:
         """See `Engine.trainable_state`."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        for name, weight in self.masters():
-            moments = [torch.zeros_like(weight), torch.zeros_like(weight)]
-            if self._has_moments:
-                full = (safe_get_full_optimizer_state(self._parameters[name], key) for key in ("exp_avg", "exp_avg_sq"))
-                moments = [moment.detach().to("cpu", torch.float32, copy=True) for moment in full]
-            yield name, ParameterState(weight, *moments)
+        for name, owner in deal({name: shape.numel() for name, shape in self._shapes.items()}, self.world.size):
+            self.world.at(f"gathering {name}")
+            is_mine = owner == self.world.rank
+            tensors = []
+            for key in (None, *_MOMENTS):
+                full = self._full(name, key) if key is None or self._has_moments else torch.zeros(self._shapes[name])
+                tensors += [full.to("cpu", copy=True)] if is_mine else []
+            if is_mine:
+                yield name, ParameterState(*tensors)
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
         return peak_memory_bytes(self.device)
 
-    def close(self) -> None:
-        """See `Engine.close`."""
-        dist.barrier()
-        dist.destroy_process_group()
+    def _optimizer_of(self, groups: Sequence[Group], options: AdamWOptions) -> torch.optim.Optimizer:
+        parameters = [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in groups]
+        if offloads_optimizer(self._settings):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    def _link_moments(self) -> None:
-        """Let parameters find their moments after the first step.
+            return DeepSpeedCPUAdam(parameters, lr=0.0, betas=options.betas, eps=options.epsilon, adamw_mode=True)
+        return torch.optim.AdamW(parameters, lr=0.0, betas=options.betas, eps=options.epsilon)
 
-        DeepSpeed 0.19.8 links those of all groups once the first group has stepped, when the others have none yet.
+    def _take_weights(self, step_module: StepModule, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+        """Move and cast the weights, one at a time: no process ever has a whole copy of them beside what it keeps.
+
+        Under ZeRO-3 each one is dealt to the ranks at once. Buffers are moved but keep their type: a rotary
+        embedding's `inv_freq` in bfloat16 moves every position.
         """
-        if not self._has_moments:
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-            self._has_moments = True
+        for module in reversed(list(step_module.modules())):  # children first
+            parameters = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
+            for parameter in parameters:
+                parameter.data = parameter.data.to(self.device, dtype)
+            if self._shards_weights and parameters:
+                self._deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
 
-    def _make_optimizer_states(self) -> None:
-        """Take one step of zero gradient at rate and decay zero, so that the moments exist and can be set."""
+    def _full(self, name: str, key: str | None = None) -> torch.Tensor:
+        """Return a master or one of its moments, full shape, float32; all ranks call this together."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._parameters[name]
+        full = safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
+        return full.detach().float().view(self._shapes[name])
+
+    def _share(self, name: str, key: str | None = None) -> torch.Tensor:
+        """Return this rank's share of a master or of one of its moments, flat, to read or to write."""
+        parameter: Any = self._parameters[name]
+        if self._shards_weights:
+            share, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )
+        elif parameter._hp_mapping is None:  # all of it lies with other ranks
+            return torch.empty(0)
+        else:
+            share = parameter._hp_mapping.get_hp_fragment(key)
+        flat: torch.Tensor = share.detach()
+        return flat
+
+    def _set_share(self, name: str, full: torch.Tensor, key: str | None = None) -> None:
+        """Take this rank's share of a full tensor; of one that is mapped from a file, only that much is read."""
+        share = self._share(name, key)
+        if self._shards_weights:  # equal shares, the last ones padded
+            start = self.world.rank * share.numel()
+        else:
+            mapping = self._parameters[name]._hp_mapping  # type: ignore[attr-defined]
+            start = mapping.lp_fragment_address.start if mapping is not None else 0
+        mine = full.reshape(-1)[start : start + share.numel()]
+        share[: mine.numel()].copy_(mine)
+
+    def _carry_over(self) -> None:
+        """Let the weights that compute follow the masters, and have moments (of zero) made."""
+        if self._shards_weights:
+            for name, parameter in self._parameters.items():
+                self.local(parameter).copy_(self._share(name))
+            for masters in self._optimizer.fp32_partitioned_groups_flat:
+                zeros = {key: torch.zeros_like(masters.data) for key in _MOMENTS}
+                self._optimizer.optimizer.state[masters] = {"step": self._step_count(0), **zeros}
+            self._has_moments = True
+        else:
+            self._zero_step()
+
+    def _zero_step(self) -> None:
+        """Take one step of zero gradient at rate and decay zero, which does not count."""
         decays = [group["weight_decay"] for group in self._optimizer.param_groups]
         for group in self._optimizer.param_groups:
             group["lr"] = group["weight_decay"] = 0.0
-        zero = sum((parameter.float().sum() * 0.0 for parameter in self._parameters.values()), torch.zeros(()))
+        zero = torch.zeros((), device=self.device)
+        for parameter in self._parameters.values():
+            zero = zero + parameter.float().sum() * 0.0
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(zero.to(self.device), scale_wrt_gas=False)
-        self._engine.step()
-        self._link_moments()
+        self._engine.backward(zero, scale_wrt_gas=False)
+        self._take_step()
+        for moments in self._optimizer.optimizer.state.values():
+            moments["step"] = self._step_count(0)
         for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
 
+    def _step_count(self, number: int) -> Any:
+        """Return AdamW's step count as the optimizer keeps it: a tensor, or for DeepSpeed's CPU Adam a number."""
+        return number if offloads_optimizer(self._settings) else torch.tensor(float(number))
 
-def _zero_section(config_file: Path | None) -> dict[str, Any]:
-    if config_file is None:
-        return {"stage": 2}
-    if not config_file.is_file():
-        raise UserError(f"{config_file}: no such file (deepspeed). Give a DeepSpeed JSON file.")
-    try:
-        section = json.loads(config_file.read_text()).get("zero_optimization", {"stage": 2})
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config_file}: not a DeepSpeed JSON file ({error}).") from None
-    if section.get("stage") not in (1, 2):
-        raise UserError(
-            f"{config_file}: zero_optimization.stage {section.get('stage')!r} is not supported; use 1 or 2."
-        )
-    return dict(section)
+    def _take_step(self) -> None:
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        if not self._has_moments and not self._optimizer.overflow:
+            if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+                self._optimizer._hp_optimizer_states_linked = False
+                self._optimizer._lazy_init_hp_params_optimizer_state()
+            self._has_moments = True
 
 
-def _settings(zero: dict[str, Any], options: AdamWOptions, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        # Batch sizes are ours to count; DeepSpeed wants some.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": options.max_grad_norm or _CLIP_NEVER,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 2**31,
-    }
+def deal(sizes: Mapping[str, int], num_owners: int) -> list[tuple[str, int]]:
+    """Deal things to owners so that all get about the same size: the largest first, to who has least (Graham 1969)."""
+    heap = [(0, owner) for owner in range(num_owners)]
+    dealt = []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        size, owner = heapq.heappop(heap)
+        dealt.append((name, owner))
+        heapq.heappush(heap, (size + sizes[name], owner))
+    return dealt

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from llavaforge.model.lora import is_lora
@@ -71,22 +73,33 @@ class FlopCounter:
             num_images: images among them.
             num_supervised: supervised tokens among them.
         """
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        return self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))
+
+    def of_samples(
+        self, lengths: npt.NDArray[np.int64], num_images: npt.NDArray[np.int64], num_supervised: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        """Return the model FLOPs of each sample on its own, in training."""
+        pairs = lengths * (lengths + 1) / 2
+        flops = self._flops(lengths, pairs, num_images, num_supervised, num_images > 0)
+        return np.asarray(flops, dtype=np.float64)
+
+    def _flops(self, tokens: Any, pairs: Any, images: Any, supervised: Any, has_images: Any) -> Any:
         learns = self.learning
         # The projector learns in every train type, so gradients pass through the whole language model to the images.
         # Without images a frozen language model without LoRA hands nothing back.
-        passes = bool(num_images) or not learns.isdisjoint(("language_model", "lora"))
+        passes = has_images | (not learns.isdisjoint(("language_model", "lora")))
         body_factor = 3 if "language_model" in learns else 1 + passes
         tower_factor = 3 if "vision_tower" in learns else 1
         embedding_factor = 2 if "vision_tower" in learns else 1  # pixels need no gradient
         first_factor = 3 if "vision_tower" in learns else 2  # behind a frozen tower it needs no input gradient
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
         return (
-            embedding_factor * self.embedding_per_image * num_images
-            + tower_factor * self.tower_per_image * num_images
-            + (first_factor * self.projector_per_image[0] + 3 * self.projector_per_image[1]) * num_images
-            + (body_factor * self.body_per_token + 3 * self.lora_per_token) * sum(lengths)
+            embedding_factor * self.embedding_per_image * images
+            + tower_factor * self.tower_per_image * images
+            + (first_factor * self.projector_per_image[0] + 3 * self.projector_per_image[1]) * images
+            + (body_factor * self.body_per_token + 3 * self.lora_per_token) * tokens
             + (1 + 2 * passes) * self.attention_per_pair * pairs
-            + body_factor * self.head_per_supervised * num_supervised
+            + body_factor * self.head_per_supervised * supervised
         )
 
 

@@ -3,6 +3,8 @@
 Legend: T tokens, S supervised tokens, D width, V vocabulary.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -13,27 +15,34 @@ CHUNK = 1024
 
 
 def loss_sum(
-    lm_head: nn.Module, hidden_TD: torch.Tensor, predictors_S: torch.Tensor, targets_S: torch.Tensor
+    lm_head: nn.Module,
+    hidden_TD: torch.Tensor,
+    predictors_S: torch.Tensor,
+    targets_S: torch.Tensor,
+    most_supervised: int = 0,
 ) -> torch.Tensor:
     """Return the summed cross-entropy of the supervised tokens; logits exist for those alone.
 
-    More than `CHUNK` of them are done in pieces whose logits are computed again in the backward pass.
+    More than `CHUNK` of them are done in pieces whose logits are computed again in the backward pass. All ranks make
+    the same number of pieces: under ZeRO-3 each one gathers the head's weights from all of them.
 
     Args:
         lm_head: the language head, (.., D) -> (.., V).
         hidden_TD: last hidden states.
         predictors_S: places in T that predict a supervised token.
         targets_S: the tokens to predict.
+        most_supervised: supervised tokens of the rank that has most of them now.
 
     Returns:
         A float32 scalar.
     """
     chosen = hidden_TD[predictors_S]
-    if len(targets_S) <= CHUNK:
+    num_pieces = math.ceil(max(len(targets_S), most_supervised) / CHUNK)
+    if num_pieces <= 1:
         return _chunk_loss(lm_head, chosen, targets_S)
     pieces = [
         checkpoint(_chunk_loss, lm_head, hidden, targets, use_reentrant=False)
-        for hidden, targets in zip(chosen.split(CHUNK), targets_S.split(CHUNK), strict=True)
+        for hidden, targets in zip(chosen.tensor_split(num_pieces), targets_S.tensor_split(num_pieces), strict=True)
     ]
     return torch.stack(pieces).sum()
 

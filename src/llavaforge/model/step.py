@@ -23,26 +23,30 @@ class StepModule(nn.Module):
     Args:
         model: a stock `LlavaForConditionalGeneration`; its weights stay its own.
         preprocessing: the image processor's settings, for the normalisation.
-        gradient_checkpointing: recompute the language model's layers in the backward pass. Never the tower's:
-        switching it
-            on for the whole model would back-propagate through a frozen tower.
+        gradient_checkpointing: recompute the language model's layers in the backward pass. Never the tower's: switching
+            it on for the whole model would back-propagate through a frozen tower.
+
+    Attributes:
+        runs_all_modules: run every module in every pass, in the same order, whatever the pack holds. ZeRO-3 sets it:
+            there each module's forward gathers its weights from all ranks.
     """
 
     def __init__(self, model: Any, preprocessing: Preprocessing, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
         self.preprocessing = preprocessing
+        self.runs_all_modules = False
         use_packed_attention(model)
         if gradient_checkpointing:
             model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""
-        hidden_TD = self.hidden(pack)
-        total = loss_sum(self.model.lm_head, hidden_TD, pack.predictors_S, pack.targets_S)
-        if not pack.num_images:
-            total = total + self._untouched_vision()
-        return total
+        images_IPD = self._image_features(pack.pixels_ICHW) if pack.num_images else self._blank_features()
+        hidden_TD = self._text_model(pack, images_IPD if pack.num_images else None)
+        most = pack.source.most_supervised
+        total = loss_sum(self.model.lm_head, hidden_TD, pack.predictors_S, pack.targets_S, most)
+        return total if pack.num_images else total + 0.0 * images_IPD.sum().float()
 
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
@@ -51,13 +55,15 @@ class StepModule(nn.Module):
 
     def hidden(self, pack: Pack) -> torch.Tensor:
         """Return the language model's last hidden states, (T, D)."""
-        images = self._image_features(pack.pixels_ICHW) if pack.num_images else None
+        return self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
+
+    def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None) -> torch.Tensor:
         outputs = self.model.model(
             input_ids=pack.ids_T.unsqueeze(0),
             position_ids=pack.position_ids_T.unsqueeze(0),
             mm_encoder_outputs=None
-            if images is None
-            else {"image": BaseModelOutputWithPooling(pooler_output=list(images))},
+            if images_IPD is None
+            else {"image": BaseModelOutputWithPooling(pooler_output=list(images_IPD))},
             use_cache=False,
             lengths=pack.lengths,
             cu_seqlens=pack.cu_seqlens_N1,
@@ -77,17 +83,18 @@ class StepModule(nn.Module):
     def _tower_learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self.model.model.vision_tower.parameters())
 
-    def _untouched_vision(self) -> torch.Tensor:
-        """Return a zero that depends on what learns of projector and tower: a text-only pack gives it a gradient too.
+    def _blank_features(self) -> torch.Tensor:
+        """Return features for a pack without images, which hang on all that learns of projector and tower.
 
-        Without it, ranks with and without images would wait for each other for ever.
+        Times zero they give it a gradient too; else ranks with and without images would wait for each other for ever.
         """
-        projector = self.model.model.multi_modal_projector
-        weight = projector.linear_1.weight
-        if self._tower_learns():
-            vision = self.model.config.vision_config
-            blank = torch.zeros(
-                1, vision.num_channels, vision.image_size, vision.image_size, dtype=torch.uint8, device=weight.device
-            )
-            return 0.0 * self._image_features(blank).sum().float()
-        return 0.0 * projector(weight.new_zeros(1, weight.shape[1])).sum().float()
+        config, projector = self.model.config, self.model.model.multi_modal_projector
+        parameter = next(projector.parameters())
+        if self.runs_all_modules or self._tower_learns():
+            vision = config.vision_config
+            size = (1, vision.num_channels, vision.image_size, vision.image_size)
+            return self._image_features(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
+        layers = config.vision_feature_layer
+        width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        blank: torch.Tensor = projector(torch.zeros(1, 1, width, dtype=parameter.dtype, device=parameter.device))
+        return blank

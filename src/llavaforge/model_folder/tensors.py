@@ -7,7 +7,7 @@ the join, by the writers of model folders and by checkpoints (which use another 
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -115,10 +115,22 @@ def write_shards(
     Returns:
         The files that hold tensors, in order.
     """
-    shards: list[list[str]] = []
+    shards = write_numbered(folder, stem, tensors, max_shard_bytes)
+    return name_shards(folder, stem, [(path.name, names) for path, names in shards])
+
+
+def write_numbered(
+    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[tuple[Path, list[str]]]:
+    """Write a stream of tensors as `{stem}-00001.safetensors` and so on; hold one shard at most.
+
+    Returns:
+        The files and the names of the tensors in each; `name_shards` gives them their final names.
+    """
+    shards: list[tuple[Path, list[str]]] = []
     shard: dict[str, torch.Tensor] = {}
     seen: set[str] = set()
-    shard_bytes, total_bytes = 0, 0
+    shard_bytes = 0
     for name, tensor in tensors:
         assert name not in seen, f"tensor {name} is written twice"
         seen.add(name)
@@ -127,10 +139,33 @@ def write_shards(
             shard, shard_bytes = {}, 0
         shard[name] = tensor.detach().cpu().contiguous()
         shard_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
         del tensor
     shards.append(_save_shard(folder, stem, len(shards), shard))
-    return _name_shards(folder, stem, shards, total_bytes)
+    return shards
+
+
+def name_shards(folder: Path, stem: str, shards: Sequence[tuple[str, Sequence[str]]]) -> list[Path]:
+    """Give shards their final names, now that their number is known, and write the index when there are several.
+
+    Args:
+        folder: where they are.
+        stem: first part of the final names.
+        shards: names of the files as they are, and of the tensors in each.
+
+    Returns:
+        The files that hold tensors, in order.
+    """
+    num_shards = len(shards)
+    paths: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for number, (file_name, names) in enumerate(shards, start=1):
+        final = f"{stem}-{number:05d}-of-{num_shards:05d}.safetensors" if num_shards > 1 else f"{stem}.safetensors"
+        paths.append((folder / file_name).rename(folder / final))
+        weight_map.update(dict.fromkeys(names, final))
+    if num_shards > 1:
+        index = {"metadata": {"total_size": sum(_tensor_bytes(path) for path in paths)}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return paths
 
 
 class _SafetensorsFile:
@@ -229,24 +264,16 @@ def _indexed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _save_shard(folder: Path, stem: str, number: int, shard: dict[str, torch.Tensor]) -> list[str]:
-    save_file(shard, folder / f"{stem}-{number + 1:05d}.safetensors", metadata={"format": "pt"})
-    return list(shard)
+def _save_shard(folder: Path, stem: str, number: int, shard: dict[str, torch.Tensor]) -> tuple[Path, list[str]]:
+    path = folder / f"{stem}-{number + 1:05d}.safetensors"
+    save_file(shard, path, metadata={"format": "pt"})
+    return path, list(shard)
 
 
-def _name_shards(folder: Path, stem: str, shards: list[list[str]], total_bytes: int) -> list[Path]:
-    """Give the shards their final names, now that their number is known, and write the index."""
-    num_shards = len(shards)
-    paths: list[Path] = []
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        final = f"{stem}-{number:05d}-of-{num_shards:05d}.safetensors" if num_shards > 1 else f"{stem}.safetensors"
-        paths.append((folder / f"{stem}-{number:05d}.safetensors").rename(folder / final))
-        weight_map.update(dict.fromkeys(names, final))
-    if num_shards > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return paths
+def _tensor_bytes(path: Path) -> int:
+    """Return the bytes of a safetensors file's tensors: all but the header and the 8 bytes that tell its length."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 _DTYPES: dict[str, torch.dtype] = {

@@ -15,6 +15,7 @@ from torch import nn
 
 from llavaforge.data.sample import Sample
 from llavaforge.engine.base import Engine
+from llavaforge.engine.world import agreed
 from llavaforge.errors import UserError
 from llavaforge.model.trainable import Group
 
@@ -31,15 +32,15 @@ class Contract:
     Args:
         model: the stock Llava after `select`.
         groups: what learns.
-        engine: prepared, for the float32 masters. All ranks build and prove together.
+        engine: prepared. Each process compares what it holds; all build and prove together.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], engine: Engine) -> None:
         self._engine = engine
         self._part = {name: group.part for group in groups for name in group.parameters}
         self._frozen = {n: p for n, p in model.named_parameters() if n not in self._part}
-        self._frozen_before = {name: checksum(tensor) for name, tensor in self._frozen.items()}
-        self._masters_before = self._masters()
+        self._frozen_before = self._frozen_sums()
+        self._masters_before = self._master_sums()
 
     def prove(self) -> None:
         """Compare with the state at construction.
@@ -48,20 +49,27 @@ class Contract:
             ContractError: names a frozen tensor that changed.
             UserError: names the parts that did not move.
         """
-        changed = [n for n, before in self._frozen_before.items() if checksum(self._frozen[n]) != before]
+        frozen, masters = self._frozen_sums(), self._master_sums()
+        changed = [name for name, before in self._frozen_before.items() if frozen[name] != before]
+        moved = sorted({self._part[name] for name, before in self._masters_before.items() if masters[name] != before})
+        everywhere = self._engine.world.gather((changed, moved))
+        changed = sorted({name for names, _ in everywhere for name in names})
         if changed:
-            raise ContractError(f"{len(changed)} frozen tensors changed, for example {changed[0]}.")
-        masters = self._masters()
-        moved = {self._part[name] for name, before in self._masters_before.items() if masters[name] != before}
-        still = sorted(set(self._part.values()) - moved)
+            raise agreed(ContractError(f"{len(changed)} frozen tensors changed, for example {changed[0]}."))
+        still = sorted(set(self._part.values()) - {part for _, parts in everywhere for part in parts})
         if still:
-            raise UserError(
-                f"{', '.join(still)} should learn but did not move in {STEPS_BEFORE_PROOF} steps. Its learning rate is "
-                "0, or no sample reached it (few records with images): check learning_rate and the data."
+            raise agreed(
+                UserError(
+                    f"{', '.join(still)} should learn but did not move in {STEPS_BEFORE_PROOF} steps. Its learning "
+                    "rate is 0, or no sample reached it (few records with images): check learning_rate and the data."
+                )
             )
 
-    def _masters(self) -> dict[str, int]:
-        return {name: checksum(weight) for name, weight in self._engine.masters()}
+    def _frozen_sums(self) -> dict[str, int]:
+        return {name: checksum(self._engine.local(parameter)) for name, parameter in self._frozen.items()}
+
+    def _master_sums(self) -> dict[str, int]:
+        return {name: checksum(share) for name, share in self._engine.local_masters()}
 
 
 def checksum(tensor: torch.Tensor) -> int:

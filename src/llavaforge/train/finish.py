@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def write_final(
     folder: Path, loaded: LoadedModel, engine: Engine, run: dict[str, Any], lora: LoraOptions | None
 ) -> None:
-    """Publish the finished model. All ranks call this; rank 0 writes.
+    """Publish the finished model. All processes call this; the writer writes.
 
     Args:
         folder: `output_dir/final`.
@@ -34,7 +34,7 @@ def write_final(
         lora: the run's LoRA options, or None when it trained plain weights.
     """
     trained = dict(engine.masters())
-    if engine.rank == 0:
+    if engine.world.is_writer:
         if lora is None:
             update_model_folder(folder, loaded.path, trained, extra_files={RUN: json.dumps(run, indent=1) + "\n"})
         else:
@@ -44,4 +44,4 @@ def write_final(
                 write_processor(temporary, loaded.processor)
                 (temporary / RUN).write_text(json.dumps(run, indent=1) + "\n")
         logger.info("finished model: %s", folder)
-    engine.barrier()
+    engine.world.barrier()

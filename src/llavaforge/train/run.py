@@ -1,14 +1,17 @@
 """The training run, as a story: each act is a named function, in the order in which it happens.
 
-read the recipe -> for each stage: open the engine, load the model, open the data, plan the order, claim the
-folder, choose what learns, go on from a checkpoint, show and prove the contract, train, leave the finished model
+meet the other processes -> for each stage: settle DeepSpeed's settings, load the model, choose what learns, open the
+data, plan the order, claim the folder, go on from a checkpoint, show and prove the contract, train, leave the finished
+model
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from llavaforge import __version__
@@ -17,13 +20,17 @@ from llavaforge.checkpoint.publish import faults, fingerprint
 from llavaforge.checkpoint.state import load_run
 from llavaforge.config.schema import TrainConfig
 from llavaforge.data.index import SampleIndex, open_index
-from llavaforge.data.plan import Plan, num_steps
-from llavaforge.engine.base import Engine
-from llavaforge.engine.launch import open_engine
+from llavaforge.data.plan import Plan, check_world, num_steps
+from llavaforge.engine import zero_config
+from llavaforge.engine.launch import num_processes, open_engine
+from llavaforge.engine.world import World, open_world
 from llavaforge.errors import UserError
 from llavaforge.join.projector import check_projector, read_projector
-from llavaforge.model.load import LoadedModel, load_model
-from llavaforge.model.trainable import lora_options
+from llavaforge.join.sources import resolve
+from llavaforge.model.flops import FlopCounter
+from llavaforge.model.load import LoadedModel, compute_dtype, load_model
+from llavaforge.model.trainable import LEARNS, learning_rate, lora_options, select
+from llavaforge.model_folder.read import read_config
 from llavaforge.train import finish, stages
 from llavaforge.train.signals import StopRequest
 from llavaforge.train.trainer import HeldOut, Trainer
@@ -34,8 +41,8 @@ logger = logging.getLogger(__name__)
 _NOT_IDENTITY = frozenset(
     """output_dir cache_dir image_folder model_name_or_path projector_from data_path eval_data_path eval_steps
     global_batch_size per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps
-    gradient_checkpointing deepspeed dataloader_num_workers save_steps save_total_limit logging_steps report_to
-    resume_from_checkpoint stages""".split()
+    gradient_checkpointing deepspeed stuck_timeout_s dataloader_num_workers save_steps save_total_limit
+    logging_steps report_to resume_from_checkpoint stages""".split()
 )
 
 
@@ -52,39 +59,86 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     expanded = stages.expand(config)
-    with StopRequest() as stop:
+    size = num_processes()
+    needs_group = any(stage.deepspeed for stage in expanded)
+    with StopRequest() as stop, open_world(size, config.stuck_timeout_s, needs_group) as world:
         for number, stage in enumerate(expanded, 1):
-            stop.check()
-            engine = open_engine(stage.deepspeed)
-            if stage is not config and engine.rank == 0:
+            world.together(stop.check)
+            if stage is not config and world.is_writer:
                 logger.info("stage %d of %d: %s (%s)", number, len(expanded), stage.output_dir.name, stage.train_type)
-            result = _run_stage(stage, engine, stop, quiet=engine.rank > 0)
-            if stage is not config and engine.rank == 0:
+            result = _run_stage(stage, world, stop)
+            world.at("between stages")
+            if stage is not config and world.is_writer:
                 stages.leave_result(stage, config.output_dir)
-            engine.barrier()
-    engine.close()
+            world.barrier()
     return result
 
 
-def _run_stage(config: TrainConfig, engine: Engine, stop: StopRequest, quiet: bool) -> dict[str, Any]:
-    logging.getLogger("llavaforge").setLevel(logging.WARNING if quiet else logging.INFO)
-    console = Console(stderr=True, quiet=quiet)
-    loaded = _load(config)
-    index, train_rows, held_out = _open_data(config, loaded)
-    plan = _plan(config, index, train_rows, engine)
+def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str, Any]:
+    logging.getLogger("llavaforge").setLevel(logging.INFO if world.is_writer else logging.WARNING)
+    console = Console(stderr=True, quiet=not world.is_writer)
+    world.at("checking the recipe")
+    settings = world.together(lambda: _settle(config, world))
+    world.at("loading the model")
+    loaded = world.together(lambda: _load(config))
+    groups = world.together(lambda: select(loaded.model, config))
+    flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
+    world.at("opening the data")
+    index, train_rows, held_out = world.first_on_host(lambda: _open_data(config, loaded))
+    plan = world.together(lambda: _plan(config, index, train_rows, flops, world))
     run = _describe(config, loaded, index, plan)
-    with resume.claimed(config.output_dir, run, is_writer=engine.rank == 0):
+    with resume.claimed(config.output_dir, run, world):
         final = config.output_dir / stages.FINAL
-        if final.is_dir() and not faults(final):
+        if world.from_writer(final.is_dir() and not faults(final) if world.is_writer else False):
             logger.info("%s is finished already: skipped", config.output_dir)
             return dict(load_run(final)["result"])
-        trainer = Trainer(config, engine, loaded, index, plan, held_out, run, console)
+        engine = open_engine(world, settings)
+        trainer = Trainer(config, engine, loaded, groups, flops, index, plan, held_out, run, console)
         trainer.take_up()
         with stop.postponed():
             result = trainer.train(stop)
+            world.at("writing the finished model")
             lora = lora_options(config) if config.train_type == "use_lora" else None
             finish.write_final(final, loaded, engine, {**run, "result": result}, lora)
     return result
+
+
+def _settle(config: TrainConfig, world: World) -> dict[str, Any] | None:
+    """Check what must fit together before a weight is read; return DeepSpeed's settings, None for plain PyTorch."""
+    batch = _frozen_batch_size(config) or config.global_batch_size
+    if batch is not None:
+        check_world(batch, None, world.size)
+    if world.size == 1 and config.deepspeed is None:
+        return None
+    hidden_size = int(read_config(resolve(config.model_name_or_path)).get_text_config().hidden_size)
+    settings = zero_config.resolve(config.deepspeed, _decided(config, batch, world.size), hidden_size)
+    zero_config.check_installed(settings)
+    return settings
+
+
+def _decided(config: TrainConfig, global_batch_size: int | None, num_processes: int) -> dict[str, Any]:
+    """Return what the recipe decides of DeepSpeed's settings, by dotted key."""
+    micro = config.per_device_train_batch_size
+    accumulation = config.gradient_accumulation_steps
+    if micro and global_batch_size:
+        accumulation = math.ceil(global_batch_size / (micro * num_processes))
+    return {
+        "train_batch_size": global_batch_size or (micro or 0) * (accumulation or 1) * num_processes or None,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16.enabled": compute_dtype(config.bf16) == torch.bfloat16,
+        "bf16.check_grad_overflow": True,
+        "fp16.enabled": False,
+        "data_types.grad_accum_dtype": "fp32",
+        "optimizer.type": "AdamW",
+        "optimizer.params.lr": learning_rate(config, LEARNS[config.train_type][-1]),
+        "optimizer.params.betas": [config.adam_beta1, config.adam_beta2],
+        "optimizer.params.eps": config.adam_epsilon,
+        "optimizer.params.weight_decay": config.weight_decay,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": True,
+    }
 
 
 def _load(config: TrainConfig) -> LoadedModel:
@@ -106,7 +160,7 @@ def _open_data(
         return open_index(path, loaded.processor, loaded.num_image_tokens, config)
 
     index = opened(config.data_path)
-    if not index.has_images:
+    if not index.num_images.any():
         raise UserError(
             f"{config.data_path}: no record has an image, so the projector would learn nothing. Add image-text data."
         )
@@ -125,23 +179,36 @@ def _open_data(
     return index, rows, HeldOut(index, held_out)
 
 
-def _plan(config: TrainConfig, index: SampleIndex, rows: np.ndarray[Any, np.dtype[np.int64]], engine: Engine) -> Plan:
-    per_step = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1) * engine.world_size
+def _plan(
+    config: TrainConfig,
+    index: SampleIndex,
+    rows: np.ndarray[Any, np.dtype[np.int64]],
+    flops: FlopCounter,
+    world: World,
+) -> Plan:
+    per_step = config.max_samples_per_batch * (config.gradient_accumulation_steps or 1) * world.size
     global_batch_size = _frozen_batch_size(config) or config.global_batch_size or per_step
-    if global_batch_size > len(rows):
+    check_world(global_batch_size, len(rows), world.size)
+    if global_batch_size > len(rows) and world.is_writer:
         logger.warning("a global batch of %d is more than all %d records: some repeat", global_batch_size, len(rows))
-    steps = num_steps(len(rows), global_batch_size, config.num_train_epochs, config.max_steps)
-    return Plan(
+    plan = Plan(
         samples=rows,
         lengths=index.lengths,
         num_supervised=index.num_supervised,
+        costs=flops.of_samples(index.lengths, index.num_images, index.num_supervised),
         global_batch_size=global_batch_size,
-        num_steps=steps,
+        num_steps=num_steps(len(rows), global_batch_size, config.num_train_epochs, config.max_steps),
         seed=config.seed,
-        world_size=engine.world_size,
-        max_samples=config.per_device_train_batch_size,
+        world_size=world.size,
+        max_samples=config.max_samples_per_batch,
         max_tokens=config.max_tokens_per_batch,
     )
+    if world.size > 1 and world.is_writer:
+        more = plan.mean_spread() - 1
+        logger.info(
+            "work per step over %d processes: the busiest has %.1f %% more than the mean", world.size, 100 * more
+        )
+    return plan
 
 
 def _frozen_batch_size(config: TrainConfig) -> int | None:

@@ -7,10 +7,10 @@ differs between engines is in `engine/`.
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,15 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.data.index import SampleIndex
 from llavaforge.data.loader import PackDataset, loading
 from llavaforge.data.pack import Pack
-from llavaforge.data.plan import MicroBatch, Plan, in_order
+from llavaforge.data.plan import Plan, deal_in_order, in_order
 from llavaforge.data.sample import Sample
 from llavaforge.engine.base import AdamWOptions, Engine
-from llavaforge.errors import StoppedEarly, UserError
+from llavaforge.engine.world import agreed
+from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, compute_dtype
 from llavaforge.model.step import StepModule
-from llavaforge.model.trainable import LEARNS, learning_rate, select
+from llavaforge.model.trainable import LEARNS, Group, learning_rate
 from llavaforge.train.contract import STEPS_BEFORE_PROOF, Contract, show_groups, show_sample
 from llavaforge.train.metrics import MetricsFile, ProgressBar, draw_curve, peak_flops
 from llavaforge.train.schedule import rate_factor, warmup
@@ -57,12 +58,14 @@ class Trainer:
     Args:
         config: the stage.
         engine: not yet prepared.
-        loaded: the model to train; its parameters are frozen or freed here.
+        loaded: the model to train.
+        groups: what of it learns; everything else is frozen.
+        flops: counts the work of packs.
         index: training samples.
         plan: their order.
         held_out: what the held-out loss is measured on, or None.
         run: written into every checkpoint.
-        console: for tables (quiet on all ranks but 0).
+        console: for tables (quiet on all processes but the writer).
     """
 
     def __init__(
@@ -70,13 +73,16 @@ class Trainer:
         config: TrainConfig,
         engine: Engine,
         loaded: LoadedModel,
+        groups: Sequence[Group],
+        flops: FlopCounter,
         index: SampleIndex,
         plan: Plan,
         held_out: HeldOut | None,
         run: dict[str, Any],
         console: Console,
     ) -> None:
-        self._config, self._engine, self._loaded, self._index = config, engine, loaded, index
+        self._config, self._engine, self._world = config, engine, engine.world
+        self._loaded, self._groups, self._flops, self._index = loaded, groups, flops, index
         self._plan, self._held_out, self._run, self._console = plan, held_out, run, console
         self._state = TrainState()
         self._dtype = compute_dtype(config.bf16)
@@ -84,25 +90,24 @@ class Trainer:
         self._skipped_in_a_row = 0
 
     def take_up(self) -> None:
-        """Choose what learns, prepare the engine, go on from a checkpoint, show the contract."""
-        config, model = self._config, self._loaded.model
-        groups = select(model, config)
+        """Prepare the engine, go on from a checkpoint, show the contract."""
+        config, model, world = self._config, self._loaded.model, self._world
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         step_module = StepModule(model, self._loaded.preprocessing, config.gradient_checkpointing)
-        self._flops = FlopCounter.of(model, self._loaded.num_image_tokens)
         options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
-        self._engine.prepare(step_module, groups, options, self._dtype)
-        folder = find_checkpoint(
-            config.output_dir, config.resume_from_checkpoint, self._run, is_writer=self._engine.rank == 0
-        )
+        world.at("preparing the model")
+        self._engine.prepare(step_module, self._groups, options, self._dtype)
+        world.at("looking for a checkpoint")
+        folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint, self._run, world)
         if folder is not None:
+            world.at(f"loading {folder.name}")
             self._state = TrainState(**checkpoints.load_train_state(folder))
             applied = self._state.step - self._state.num_skipped
-            self._engine.restore(checkpoints.load_parameter_states(folder), applied)
+            self._engine.restore(checkpoints.ParameterStates(folder), applied)
             logger.info("going on from %s", folder)
-        show_groups(groups, num_parameters, self._console)
+        show_groups(self._groups, num_parameters, self._console)
         self._show_first_sample()
-        self._contract = Contract(model, groups, self._engine)
+        self._contract = Contract(model, self._groups, self._engine)
         self._prove_at = self._state.num_moving_steps + STEPS_BEFORE_PROOF
 
     def train(self, stop: StopRequest) -> dict[str, Any]:
@@ -114,17 +119,18 @@ class Trainer:
         Returns:
             The JSON line of `llavaforge train`.
         """
-        config, engine, plan = self._config, self._engine, self._plan
-        peak = peak_flops(engine.device, self._dtype) * engine.world_size
-        writer = MetricsFile(config.output_dir, self._state.step) if engine.rank == 0 else None
-        order = plan.iterate(engine.rank, self._state.step)
+        config, world, plan = self._config, self._world, self._plan
+        peak = peak_flops(world.device, self._dtype) * world.size
+        writer = MetricsFile(config.output_dir, self._state.step) if world.is_writer else None
+        order = plan.iterate(world.rank, self._state.step)
         with (
             loading(self._dataset(self._index), order, config.dataloader_num_workers, self._pins()) as packs,
-            ProgressBar(plan.num_steps, self._state.step, quiet=engine.rank > 0) as bar,
-            open_tracker(config.report_to if engine.rank == 0 else "none", config.output_dir) as tracker,
+            ProgressBar(plan.num_steps, self._state.step, quiet=not world.is_writer) as bar,
+            open_tracker(config.report_to if world.is_writer else "none", config.output_dir) as tracker,
         ):
             while self._state.step < plan.num_steps:
                 begin = time.perf_counter()
+                self._at("reading images")
                 step_packs, fault = self._fetch(packs)
                 self._agree(fault, stop)
                 line = self._step(step_packs)
@@ -148,11 +154,15 @@ class Trainer:
         config, state = self._config, self._state
         num_supervised = packs[0].source.num_supervised_in_step
         # Dropout differs per step and rank but not between a resumed and an uninterrupted run.
-        torch.manual_seed((config.seed << 32) + state.step * self._engine.world_size + self._engine.rank)
-        loss_sum = sum(self._engine.micro_step(pack, 1.0 / num_supervised) for pack in packs)
+        torch.manual_seed((config.seed << 32) + state.step * self._world.size + self._world.rank)
+        loss_sum = 0.0
+        for number, pack in enumerate(packs, 1):
+            self._at(f"forward and backward of micro-step {number} of {len(packs)}")
+            loss_sum += self._engine.micro_step(pack, 1.0 / num_supervised)
+        self._at("optimizer step")
         factor = rate_factor(state.step, self._plan.num_steps, self._warmup, config.lr_scheduler_type)
         result = self._engine.step(factor)
-        loss_sum = self._engine.sum([loss_sum])[0]
+        loss_sum = self._world.sum([loss_sum])[0]
         self._count_skips(result.skipped)
         if not result.skipped:
             state.loss_sum += loss_sum
@@ -170,11 +180,15 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate(config, LEARNS[config.train_type][-1]) * factor,
             "num_supervised": num_supervised,
+            "spread": packs[0].source.spread,
         }
+
+    def _at(self, what: str) -> None:
+        self._world.at(f"step {self._state.step + 1}: {what}", timed=True)
 
     def _measure(self, packs: list[Pack], seconds: float, loss: float, peak: float) -> dict[str, Any]:
         flops = sum(self._flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
-        tokens, flops = self._engine.sum([sum(pack.num_tokens for pack in packs), flops])
+        tokens, flops = self._world.sum([sum(pack.num_tokens for pack in packs), flops])
         self._state.num_tokens += int(tokens)
         self._state.model_flops += flops
         self._state.train_time_s += seconds
@@ -197,20 +211,24 @@ class Trainer:
         return fetched, None
 
     def _agree(self, fault: UserError | None, stop: StopRequest) -> None:
-        """Stop on all ranks when one must: save first, so that nothing is lost."""
-        num_faults, code = self._engine.sum([float(fault is not None), float(stop.exit_code)])
-        if not num_faults and not code:
+        """Stop on all processes when one must: save first, so that nothing is lost."""
+        self._at("waiting for the other processes to have read their images")
+        has_fault, code = self._world.most([float(fault is not None), float(stop.exit_code)])
+        if not has_fault and not code:
             return
         step = self._state.step
         where = self._save() if step else None
         self._draw()
-        if num_faults:
+        if has_fault:
             done = f"The {step} steps done so far are saved in {where}" if where else "No step was done yet"
-            told = fault or "another process found a faulty sample"
-            raise UserError(f"{told}\n{done}; mend the data and start again.")
-        exit_code = stop.exit_code or int(code)
+            told = next(text for text in self._world.gather(str(fault) if fault else "") if text)
+            self._end(UserError(f"{told}\n{done}; mend the data and start again."))
         go_on = f"after step {step}; start again to go on from {where}" if where else "before step 1; start again"
-        raise StoppedEarly(f"stopped {go_on}", exit_code)
+        self._end(StoppedEarly(f"stopped {go_on}", int(code)))
+
+    def _end(self, error: UserError | StoppedEarly) -> NoReturn:
+        """Raise on all processes; only the writer's says why."""
+        raise agreed(error if self._world.is_writer else EndedElsewhere(error.exit_code))
 
     def _count_skips(self, skipped: bool) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -219,24 +237,31 @@ class Trainer:
         self._state.num_skipped += 1
         logger.warning("step %d skipped: its gradient is not finite", self._state.step)
         if self._skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"{_MOST_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite: lower the learning rate, "
                 "or train with --bf16 false to see whether the model or the precision is at fault."
             )
+            raise agreed(error if self._world.is_writer else EndedElsewhere(1))
 
     def _evaluate(self) -> float:
         """Return the held-out loss per supervised token."""
         assert self._held_out is not None
         index, rows = self._held_out.index, self._held_out.rows
-        config, engine = self._config, self._engine
-        batches = in_order(index.lengths, rows, config.per_device_train_batch_size, config.max_tokens_per_batch)
-        mine = [MicroBatch(0, batch, True, 0) for batch in batches[engine.rank :: engine.world_size]]
-        with loading(self._dataset(index), mine, config.dataloader_num_workers, self._pins()) as packs:
-            sums = [(engine.loss_sum(pack), pack.num_supervised) for pack in packs]
-        loss, count = engine.sum([sum(loss for loss, _ in sums), sum(count for _, count in sums)])
-        return loss / count
+        config, world = self._config, self._world
+        batches = in_order(index.lengths, rows, config.max_samples_per_batch, config.max_tokens_per_batch)
+        mine = deal_in_order(batches, index.num_supervised, world.rank, world.size)
+        loss, count = 0.0, 0
+        order = [batch for batch, _ in mine]
+        with loading(self._dataset(index), order, config.dataloader_num_workers, self._pins()) as packs:
+            for (_, counts), pack in zip(mine, packs, strict=True):
+                self._at("held-out loss")
+                pack_loss = self._engine.loss_sum(pack)
+                loss, count = loss + counts * pack_loss, count + counts * pack.num_supervised
+        total_loss, total_count = world.sum([loss, count])
+        return total_loss / total_count
 
     def _save(self) -> Path:
+        self._world.at(f"saving checkpoint-{self._state.step}")
         return checkpoints.save(
             self._config.output_dir,
             self._engine,
@@ -247,7 +272,7 @@ class Trainer:
         )
 
     def _draw(self) -> None:
-        if self._engine.rank == 0:
+        if self._world.is_writer:
             draw_curve(self._config.output_dir)
 
     def _is_due(self, every: int) -> bool:
@@ -261,7 +286,7 @@ class Trainer:
         return PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens)
 
     def _pins(self) -> bool:
-        return self._engine.device.type == "cuda"
+        return self._world.device.type == "cuda"
 
     def _show_first_sample(self) -> None:
         row = self._index.row(int(self._plan.global_batch(0)[0]))

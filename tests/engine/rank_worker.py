@@ -1,0 +1,66 @@
+"""One rank of `ranks.RankPool`: does `train(config)` for each line of stdin and answers with a line of JSON.
+
+A job is {"config": {...}, "faults": {...}}; faults are injected on the ranks they name.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from llavaforge.config.schema import TrainConfig
+from llavaforge.data.pack import Pack
+from llavaforge.model import loss
+from llavaforge.model.step import StepModule
+from llavaforge.train.run import train
+from llavaforge.train.trainer import Trainer
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def injected(faults: dict[str, Any]) -> Iterator[None]:
+    """Do to a run what the world does to runs.
+
+    `nan`: [rank, step] whose loss is not a number; `stop`: [rank, step] at which that rank is asked to stop; `chunk`: a
+    number of supervised tokens from which the loss is computed in pieces.
+    """
+    forward, agree, chunk = StepModule.forward, Trainer._agree, loss.CHUNK
+
+    def poisoned(self: StepModule, pack: Pack) -> torch.Tensor:
+        total = forward(self, pack)
+        return total * float("nan") if faults.get("nan") == [RANK, pack.source.step] and total.requires_grad else total
+
+    def stopped(self: Trainer, fault: Any, stop: Any) -> None:
+        if faults.get("stop") == [RANK, self._state.step]:
+            stop.exit_code = 75
+        agree(self, fault, stop)
+
+    StepModule.forward, Trainer._agree = poisoned, stopped  # type: ignore[method-assign]
+    loss.CHUNK = faults.get("chunk", chunk)
+    try:
+        yield
+    finally:
+        StepModule.forward, Trainer._agree, loss.CHUNK = forward, agree, chunk  # type: ignore[method-assign]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    answers = os.fdopen(int(sys.argv[1]), "w")
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            with injected(job["faults"]):
+                answer: dict[str, Any] = {"result": train(TrainConfig.model_validate(job["config"]))}
+        except Exception as error:
+            answer = {"error": type(error).__name__, "message": str(error), "code": getattr(error, "exit_code", 1)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
