@@ -141,12 +141,12 @@ def test_a_gradient_that_is_no_number_on_one_rank_skips_the_step_on_all(
 def test_bfloat16_keeps_float32_masters_and_accumulates_in_float32(
     stage: str, two_ranks: RankPool, tiny_llava: Path, shapes: Path, tmp_path: Path
 ) -> None:
-    values = options(bf16=True, global_batch_size=40, per_device_train_batch_size=1, max_grad_norm=0, max_steps=4)
+    values = options(bf16=True, global_batch_size=40, per_device_train_batch_size=1, max_grad_norm=0, max_steps=2)
     values |= {"learning_rate": 1e-6, "projector_learning_rate": 1e-6, "weight_decay": 0.0}
     train(train_config(tiny_llava, shapes / "train", tmp_path / "one", **values))
     two_ranks.train(train_config(tiny_llava, shapes / "train", tmp_path / "two", deepspeed=stage, **values))
-    # 20 micro-steps added up in bfloat16 err by 1e-2 and more; reduced once in it, by about 2e-3.
-    assert curve(tmp_path / "two", "grad_norm") == pytest.approx(curve(tmp_path / "one", "grad_norm"), rel=4e-3)
+    # 20 micro-steps added up in bfloat16 would err by 1e-2 and more.
+    assert curve(tmp_path / "two", "grad_norm") == pytest.approx(curve(tmp_path / "one", "grad_norm"), rel=1e-3)
     before, one, two = (tensors_of(p) for p in (tiny_llava, tmp_path / "one" / "final", tmp_path / "two" / "final"))
     moved = "model.multi_modal_projector.linear_1.weight"
     assert 0 < (two[moved] - before[moved]).abs().max() < 1e-5, "far below bfloat16's resolution"

@@ -119,13 +119,13 @@ class Cluster:
         assert found is not None, name
         return found[1]
 
-    def wait_for(self, job: str, *states: str, timeout_s: float = 120) -> str:
+    def wait_for(self, job: str, *states: str, timeout_s: float = 300) -> str:
         """Wait until a job is in one of the states; return that."""
 
         wait(lambda: self.field(job, "JobState") in states, timeout_s, lambda: self._story(job))
         return self.field(job, "JobState")
 
-    def wait_requeued(self, job: str, timeout_s: float = 120) -> None:
+    def wait_requeued(self, job: str, timeout_s: float = 300) -> None:
         """Wait until a job is back in the queue, and assert that SLURM holds it there for a while."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 

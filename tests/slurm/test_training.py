@@ -68,7 +68,7 @@ def wait_steps(cluster: Cluster, job: str, folder: Path, num_steps: int) -> None
         assert cluster.field(job, "JobState") in ("PENDING", "RUNNING"), cluster.log(job)
         return len(read_metrics(folder / "run")) >= num_steps
 
-    wait(condition, 120, lambda: cluster.log(job))
+    wait(condition, 300, lambda: cluster.log(job))
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -49,6 +49,8 @@ class ZeroEngine:
         with redirect_stdout(sys.stderr):  # it prints what it builds; our stdout is for results
             import deepspeed
 
+            # On a CPU it would compile a shared-memory all-reduce: 100 s, under a lock that outlives a kill.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(verbose=False)
         warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # how DeepSpeed calls it
         self.world, self.device = world, world.device

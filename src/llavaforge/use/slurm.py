@@ -28,12 +28,13 @@ _SCRIPT = r"""#!/usr/bin/env bash
 #
 #   VENV          virtual environment to activate (default: .venv where the job is submitted, if there is one)
 #   LLAVAFORGE    the program (default: llavaforge)
-#   DEEPSPEED     zero1, zero2, zero3, or a DeepSpeed JSON file (default: @DEFAULT_DEEPSPEED@)
+#   DEEPSPEED     zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file (default: @DEFAULT_DEEPSPEED@)
 #   MAX_REQUEUES  after so many, a start that ends within ten minutes is the last (default: 20)
 #   SLURM_WAIT    seconds that srun waits for the other tasks when one has ended (default: 600)
 @DIRECTIVES@
 # USR1 goes to the tasks, not to this shell, 120 to 180 s before the time limit: they save a checkpoint and exit 75.
 # To stop for good: scancel JOBID. The tasks get SIGTERM, save, and have KillWait seconds for it (scontrol show config).
+# Where that is too short: scontrol update JobId=JOBID Requeue=0, then scancel --signal=USR1 JOBID.
 set -uo pipefail
 : "${SLURM_JOB_ID:?submit this script with sbatch}"
 if [ -n "${VENV:-}" ] || [ -e .venv/bin/activate ]; then
@@ -49,7 +50,7 @@ trap 'ended_by_slurm=yes' TERM
 
 # --kill-on-bad-exit=0: a task that has saved and exits 75 must not kill those that still save.
 # --wait: longer than SlurmdTimeout (300 s), so that the job still runs, and is requeued, when SLURM finds a node dead.
-# --cpus-per-task: SLURM 22.05 and 23.02 do not take it from the job. --export: nor PATH after sbatch --export=NONE.
+# --cpus-per-task: since SLURM 22.05 srun does not take it from the job; --export: nor PATH after sbatch --export=NONE.
 srun --kill-on-bad-exit=0 --wait="${SLURM_WAIT:-600}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL \
     "$LLAVAFORGE" train ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} "$@"
 code=$?  # the highest of the tasks' exit codes
@@ -61,7 +62,7 @@ elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_REQUEUES:-20}" ] && [ "$SECONDS" -
     echo "saved, but not queued again: that was done MAX_REQUEUES times, and this start took only $SECONDS s" >&2
 else
     # SLURM holds a requeued job for two minutes (BeginTime); scontrol update JobId=... StartTime=now ends that.
-    echo "saved after $SECONDS s: queued again, to go on from there" >&2
+    echo "saved after $SECONDS s; SLURM is asked to queue this job again" >&2
     scontrol requeue "$SLURM_JOB_ID" || echo "SLURM does not queue this job again: submit it once more" >&2
 fi
 exit 75
