@@ -178,9 +178,7 @@ def test_tied_embeddings_under_zero_3(
     tensors = {k: v for k, v in load_file(source / "model.safetensors").items() if k != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = tmp_path / "llava"
-    customize_model(
-        CustomizeModelConfig(vision_tower=str(tiny_clip), language_model=str(folder), output_dir=model)
-    )
+    customize_model(CustomizeModelConfig(vision_tower=str(tiny_clip), language_model=str(folder), output_dir=model))
     train(train_config(model, shapes / "train", tmp_path / "one", **options()))
     two_ranks.train(train_config(model, shapes / "train", tmp_path / "two", deepspeed="zero3", **options()))
     assert_same_curve(tmp_path / "one", tmp_path / "two")

@@ -57,10 +57,10 @@ def _claim(output_dir: Path, run: dict[str, Any], held: ExitStack) -> None:
         raise UserError(
             f"{output_dir}: another process is training here. Wait for it, or give another output_dir."
         ) from None
+    _check_owner(output_dir, run)
     lock.truncate(0)
     lock.write(secrets.token_hex(8))
     lock.flush()
-    _check_owner(output_dir, run)
     remove_leftovers(output_dir)
     replace_text(output_dir / RUN, json.dumps(run, indent=1) + "\n")
 

@@ -233,7 +233,7 @@ def _meet(rank: int, size: int, timeout_s: float) -> tuple[Any, int, int]:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, rank, size = _open_store(rank, size, timedelta(seconds=timeout_s))
     except (dist.DistStoreError, dist.DistNetworkError, TimeoutError, ValueError) as error:
         raise UserError(
             f"process {rank} of {size} on {socket.gethostname()} cannot reach process 0 at {where} within "
@@ -253,6 +253,15 @@ def _meet(rank: int, size: int, timeout_s: float) -> tuple[Any, int, int]:
                 )
             raise EndedElsewhere(UserError.exit_code)
         time.sleep(0.1)
+    return store, rank, size
+
+
+def _open_store(rank: int, size: int, timeout: timedelta) -> tuple[Any, int, int]:
+    """Return the store of the run; torchrun has opened one, under srun process 0 does."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(rendezvous("env://", timeout=timeout))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
     return store, rank, size
 
 

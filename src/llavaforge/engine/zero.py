@@ -52,7 +52,9 @@ class ZeroEngine:
             # On a CPU it would compile a shared-memory all-reduce: 100 s, under a lock that outlives a kill.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(verbose=False)
-        warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # how DeepSpeed calls it
+        warnings.filterwarnings(
+            "ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning
+        )  # how DeepSpeed calls it
         self.world, self.device = world, world.device
         self._deepspeed = deepspeed
         self._settings = settings

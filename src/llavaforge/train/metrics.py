@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
+_SMALL_PRODUCT, _SLOW_FLOPS = 256, 2e9
 _LINE_EVERY_S = 10.0  # without a terminal: a log line this often instead of a bar
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
@@ -129,12 +130,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 5) -> float:
-    """Return the best FLOP/s of a square matrix product of `size` on this device."""
+    """Return the best FLOP/s of a square matrix product of `size` on this device.
+
+    A processor without units for `dtype` (bfloat16 on many a CPU) takes 10 s for one: it is told by a small product.
+    """
+    if device.type == "cpu" and (slow := _product_flops(device, dtype, _SMALL_PRODUCT)) < _SLOW_FLOPS:
+        return slow
+    return max(_product_flops(device, dtype, size) for _ in range(repeats))
+
+
+def _product_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        b = a @ a
-        float(b[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - begin)
-    return 2.0 * size**3 / min(seconds)
+    begin = time.perf_counter()
+    b = a @ a
+    float(b[0, 0])  # waits for the device
+    return 2.0 * size**3 / (time.perf_counter() - begin)

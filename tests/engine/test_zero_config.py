@@ -1,0 +1,135 @@
+"""What a DeepSpeed file may say: repeat the recipe, say `auto`, or set what has an effect. All else is refused."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavaforge.cli import main
+from llavaforge.config.schema import shipped_deepspeed
+from llavaforge.engine.zero_config import check_installed, resolve, stage_of
+from llavaforge.errors import UserError
+
+KNOWN: dict[str, Any] = {
+    "train_batch_size": 128,
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": 4,
+    "gradient_clipping": 1.0,
+    "bf16.enabled": True,
+    "bf16.check_grad_overflow": True,
+    "fp16.enabled": False,
+    "data_types.grad_accum_dtype": "fp32",
+    "optimizer.type": "AdamW",
+    "optimizer.params.lr": 2e-5,
+    "optimizer.params.betas": [0.9, 0.999],
+    "zero_allow_untested_optimizer": True,
+}
+
+
+def resolved(tmp_path: Path, content: Any, **known: Any) -> dict[str, Any]:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return resolve(str(path), KNOWN | known, hidden_size=2560)
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+@pytest.mark.parametrize("name", list(shipped_deepspeed()))
+def test_what_is_shipped_is_complete_and_taken_by_deepspeed(name: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings = resolve(name, KNOWN, hidden_size=2560)
+    assert stage_of(settings) == int(name[4])
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["gradient_clipping"] == 1.0
+    DeepSpeedZeroConfig(**settings["zero_optimization"])
+    assert "auto" not in json.dumps(settings)
+
+
+def test_without_a_name_it_is_zero_2() -> None:
+    assert resolve(None, KNOWN, 64) == resolve("zero2", KNOWN, 64)
+
+
+def test_auto_takes_the_recipes_values_and_what_follows_from_the_model(tmp_path: Path) -> None:
+    content = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999]}},
+        **zero(
+            3, reduce_bucket_size="auto", stage3_prefetch_bucket_size="auto", stage3_param_persistence_threshold="auto"
+        ),
+    }
+    settings = resolved(tmp_path, content)
+    assert settings["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 2560**2,
+        "stage3_prefetch_bucket_size": math.floor(0.9 * 2560**2),
+        "stage3_param_persistence_threshold": 25_600,
+    }
+    assert "optimizer" not in settings and "train_batch_size" not in settings
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"train_batch_size": 64, **zero(2)}, "`train_batch_size` is 64 there and 128 in the recipe"),
+        ({"gradient_clipping": 0.5, **zero(2)}, "`gradient_clipping` is 0.5 there and 1.0 in the recipe"),
+        ({"bf16": {"enabled": False}, **zero(2)}, "`bf16.enabled` is False there and True in the recipe"),
+        ({"fp16": {"enabled": True}, **zero(2)}, "`fp16.enabled` is True there"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}, **zero(2)}, "`data_types.grad_accum_dtype` is 'bf16' there"),
+        ({"optimizer": {"type": "Lion"}, **zero(2)}, "`optimizer.type` is 'Lion' there and 'AdamW'"),
+        ({"optimizer": {"params": {"lr": 1e-3}}, **zero(2)}, "`optimizer.params.lr` is 0.001 there and 2e-05"),
+        ({"scheduler": {"type": "WarmupLR"}, **zero(2)}, "lr_scheduler_type, warmup_ratio and warmup_steps decide"),
+        ({"fp16": {"loss_scale": 0}, **zero(2)}, "`fp16.loss_scale` would have no effect"),
+        ({"gradient_cliping": 1.0, **zero(2)}, "Did you mean `gradient_clipping`?"),
+        ({"steps_per_print": "auto", **zero(2)}, "`steps_per_print` cannot be \"auto\""),
+        (zero(0), "`zero_optimization.stage` is 0: give 1, 2 or 3"),
+        ({}, "`zero_optimization` is missing"),
+        (zero(2, stage3_prefetch_bucket_size=1), "has no effect at stage 2 (it works at stage 3 only)"),
+        (zero(3, allgather_bucket_size=1), "has no effect at stage 3 (it works at stages 1 and 2 only)"),
+        (zero(1, overlap_comm=True), "has no effect at stage 1 in bfloat16"),
+        (zero(3, stage3_gather_16bit_weights_on_model_save=True), "has no effect at stage 3"),
+        (zero(2, offload_param={"device": "cpu"}), "offload_param` has no effect at stage 2"),
+        (zero(2, offload_optimizer={"device": "nvme"}), "give {\"device\": \"cpu\"} or remove it"),
+        (zero(2, offload_optimizer={"device": "cpu", "ratio": 0.5}), "offload_optimizer.ratio` would have no effect"),
+        (zero(2, reduce_bucket_size="5e8"), "reduce_bucket_size` is '5e8': give a number"),
+        ([1], "a list instead of an object"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_or_would_be_ignored_is_refused(content: Any, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        resolved(tmp_path, content)
+    assert expected in str(refused.value) and str(tmp_path / "ds.json") in str(refused.value)
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)gradient_clipping.*scheduler.*stage3_max_live_parameters"):
+        resolved(
+            tmp_path, {"gradient_clipping": 3, "scheduler": {"type": "x"}, **zero(2, stage3_max_live_parameters=1)}
+        )
+
+
+def test_offload_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"`c\+\+` \(a C\+\+ compiler\) is not there.*without offload_optimizer"):
+        check_installed(resolve("zero2-offload", KNOWN, 64))
+    check_installed(resolve("zero2", KNOWN, 64))
+
+
+def test_deepspeed_that_is_not_installed(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # what an import then finds: nothing
+    flags = [f"--model_name_or_path={tiny_llava}", f"--data_path={shapes / 'train'}", f"--output_dir={tmp_path / 'r'}"]
+    with pytest.raises(UserError, match="pip install 'llavaforge"):
+        check_installed(resolve("zero2", KNOWN, 64))
+    assert main(["train", *flags, "--deepspeed=zero4"]) == 2
+    assert "no such file: zero4 (or one of zero1, zero2-offload, zero2," in capsys.readouterr().err
