@@ -21,7 +21,7 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in found]
 
 
-SOURCES = [ROOT / "README.md", *RECIPES]
+SOURCES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]
 COMMANDS = [(path.name, words) for path in SOURCES for words in commands(path.read_text())]
 
 
