@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,17 +50,57 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
         StepModule.forward, Trainer._agree, loss.CHUNK = forward, agree, chunk  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def before_step_1(act: Callable[[], Any]) -> Iterator[None]:
+    """Call `act` when all is loaded and training begins."""
+    begin = Trainer.train
+
+    def acted(self: Trainer, stop: Any) -> dict[str, Any]:
+        act()
+        return begin(self, stop)
+
+    Trainer.train = acted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.train = begin  # type: ignore[method-assign]
+
+
+class AnonymousMemory:
+    """The most memory of this process's own (not mapped from a file) while it is watched, beyond what it began with."""
+
+    def __init__(self) -> None:
+        self.grown_bytes, self._begin, self._is_over = 0, self._now(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.005):
+            self.grown_bytes = max(self.grown_bytes, self._now() - self._begin)
+
+    def end(self) -> int:
+        self._is_over.set()
+        self._thread.join()
+        return self.grown_bytes
+
+
 def main() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(int(sys.argv[1]), "w")
     for line in sys.stdin:
         job = json.loads(line)
+        memory = AnonymousMemory()
         try:
-            with injected(job["faults"]):
+            with injected(job["faults"]), before_step_1(memory.end):
                 answer: dict[str, Any] = {"result": train(TrainConfig.model_validate(job["config"]))}
         except Exception as error:
             answer = {"error": type(error).__name__, "message": str(error), "code": getattr(error, "exit_code", 1)}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(answer | {"loading_bytes": memory.end()}) + "\n")
         answers.flush()
 
 

@@ -17,6 +17,7 @@ from llavaforge.train.metrics import read_metrics
 from llavaforge.train.run import train
 from rank_worker import injected
 from ranks import RankPool
+from tiny_parts import save_language_model
 from train_tools import TRAIN_TYPES, tensors_of, train_config
 
 STEPS = 20
@@ -240,3 +241,21 @@ def test_a_recipe_that_every_rank_refuses_is_refused_once(
     assert "does not divide over 2 processes" in answers[0]["message"]
     assert answers[1]["error"] == "EndedElsewhere"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_loading_never_holds_a_whole_copy_of_the_weights_in_host_memory(
+    two_ranks: RankPool, tiny_llava: Path, tiny_clip: Path, shapes: Path, tmp_path: Path
+) -> None:
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    text = save_language_model(tmp_path / "text", **sizes)
+    model = tmp_path / "llava"
+    customize_model(CustomizeModelConfig(vision_tower=str(tiny_clip), language_model=str(text), output_dir=model))
+    whole = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert whole > 400e6
+    values = options(train_type="projector", deepspeed="zero3", max_steps=1)
+    two_ranks.train(train_config(tiny_llava, shapes / "train", tmp_path / "first", **values))  # imports, buffers
+    answers = two_ranks.run(train_config(model, shapes / "train", tmp_path / "run", **values))
+    loading = [answer["loading_bytes"] / whole for answer in answers]
+    # On a CPU a rank keeps its half in host memory, beside the layer that is being dealt; on a GPU it would not.
+    assert max(loading) < 0.85, loading
