@@ -15,10 +15,13 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every `llavaforge ...` command of a text, comments and line continuations removed."""
+    """Every `llavaforge ...` command of a text without comments and line continuations; run.sh is a `train`."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    found = re.findall(r"^[#\s$]*(?:torchrun .*? -m llavaforge|llavaforge) +(.+?)(?:  +\(.*)?$", joined, flags=re.M)
-    return [shlex.split(line, comments=True) for line in found]
+    start = r"torchrun .*? -m llavaforge|srun llavaforge|llavaforge|sbatch .*?\brun\.sh"
+    found = re.findall(rf"^[#\s$]*({start}) +(.+?)(?:  +\(.*)?$", joined, flags=re.M)
+    return [
+        [*(["train"] if start.startswith("sbatch") else []), *shlex.split(line, comments=True)] for start, line in found
+    ]
 
 
 SOURCES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]

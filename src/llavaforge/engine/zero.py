@@ -175,7 +175,7 @@ class ZeroEngine:
         for module in reversed(list(step_module.modules())):  # children first
             parameters = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
             for parameter in parameters:
-                # A copy where it is dealt: DeepSpeed broadcasts into it, and a mapped file's pages would become our own.
+                # A copy where it is dealt: DeepSpeed broadcasts into it, and the file's pages would become our own.
                 parameter.data = parameter.data.to(self.device, dtype, copy=self._shards_weights)
             if self._shards_weights and parameters:
                 self._deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
