@@ -14,22 +14,11 @@ from llavaforge.join.parts import customize_model
 from llavaforge.model.load import LoadedModel, load_model
 
 # These take minutes each: first, so that the two workers end together.
-_LONG = ("slurm", "test_quickstart.py", "test_zero.py", "test_lost_rank.py")
+_LONG = ("slurm/test_training.py", "test_quickstart.py", "slurm/test_run_sh.py", "test_zero.py", "test_lost_rank.py")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file with one worker, and all that share the SLURM cluster; the longest come first."""
-    for item in items:
-        group = "slurm" if item.path.parent.name == "slurm" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: _rank(str(item.path)))
-
-
-def _rank(path: str) -> int:
-    return next(
-        (number for number, part in enumerate(_LONG) if part in path and "use/test_slurm" not in path), len(_LONG)
-    )
+    items.sort(key=lambda item: next((n for n, end in enumerate(_LONG) if str(item.path).endswith(end)), len(_LONG)))
 
 
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
