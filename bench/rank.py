@@ -42,7 +42,7 @@ _WHOLE = {
     "broadcast": ("tensor", 0),
     "reduce": ("tensor", 0),
 }
-_BYTES_ACKED = 120  # offset of `tcpi_bytes_acked` in Linux's struct tcp_info (include/uapi/linux/tcp.h)
+_BYTES_SENT = 200  # offset of `tcpi_bytes_sent` in Linux's struct tcp_info, `tcpi_bytes_retrans` after it (since 4.19)
 
 
 class Meter:
@@ -79,7 +79,7 @@ class Meter:
 
 
 def tcp_bytes() -> int | None:
-    """Return the bytes that the other ends of this process's open TCP connections have taken; None where not Linux."""
+    """Return the bytes that this process's open TCP connections have sent, each counted once; None where not Linux."""
     if not hasattr(socket, "TCP_INFO"):
         return None
     total = 0
@@ -91,8 +91,9 @@ def tcp_bytes() -> int | None:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         except OSError:  # closed meanwhile, or no TCP
             continue
-        if len(info) >= _BYTES_ACKED + 8:
-            total += struct.unpack_from("Q", info, _BYTES_ACKED)[0]
+        if len(info) >= _BYTES_SENT + 16:
+            sent, again = struct.unpack_from("QQ", info, _BYTES_SENT)
+            total += sent - again
     return total
 
 

@@ -84,8 +84,9 @@ def formula(
       weights that learn are gathered once.
     * ZeRO-3 gathers every weight that the forward pass uses, frozen ones too, in every micro-step, and again for the
       backward pass, all but the last `max_live` ones: it fetches ahead until so many are there, and what is still there
-      when it looks at the backward pass stays. A model smaller than `max_live` is gathered once. Gradients are
-      reduce-scattered in every micro-step.
+      when it looks at the backward pass stays. A model smaller than `max_live` is gathered once. Where frozen matrices
+      are recomputed hardly anything stays of a larger one: counted as nothing. Gradients are reduce-scattered in every
+      micro-step.
 
     Args:
         stage: 1, 2 or 3.
@@ -102,7 +103,9 @@ def formula(
             "all_reduce": 2 * once * weights.learning * num_reductions,
             "all_gather_into_tensor": once * weights.learning,
         }
-    again = max(0, weights.backward - max_live) + weights.recomputed
+    all_stay, some_stay = weights.backward <= max_live, not weights.recomputed
+    stay = weights.backward if all_stay else max_live if some_stay else 0
+    again = weights.backward - stay + weights.recomputed
     return {
         "all_gather_into_tensor": once * (micro_steps * (weights.forward + again) + weights.persistent),
         "reduce_scatter_tensor": once * weights.learning * micro_steps,

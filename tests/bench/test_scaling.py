@@ -2,6 +2,7 @@
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_tcp_carries_what_gloo_sends(name: str, results: dict[str, Any]) -> None
     if row["tcp"] is None:
         pytest.skip("no TCP_INFO here")
     # Message headers weigh more here than in the replica: 140 collectives for 3 MB.
-    assert row["tcp_expected"] <= row["tcp"] < 1.05 * row["tcp_expected"]
+    assert 0.99 * row["tcp_expected"] < row["tcp"] < 1.05 * row["tcp_expected"]
 
 
 def test_checkpoints_are_saved_and_loaded(results: dict[str, Any]) -> None:
@@ -119,6 +120,8 @@ def test_formulas_by_hand() -> None:
     assert kept == {"all_gather_into_tensor": 0.75 * 2 * (3 * 900 + 8), "reduce_scatter_tensor": 3 * 0.75 * 1200}
     again = formula(3, counts, 4, 3, 2, max_live=500)
     assert again["all_gather_into_tensor"] == 0.75 * 2 * (3 * (900 + 200) + 8)
+    frozen = formula(3, replace(counts, recomputed=300), 4, 3, 2, max_live=500)
+    assert frozen["all_gather_into_tensor"] == 0.75 * 2 * (3 * (900 + 700 + 300) + 8)
     assert not any(
         formula(stage, counts, 1, 3, 2)[kind] for stage in (1, 2, 3) for kind in formula(stage, counts, 1, 3, 2)
     )
