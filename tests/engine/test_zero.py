@@ -259,3 +259,11 @@ def test_loading_never_holds_a_whole_copy_of_the_weights_in_host_memory(
     loading = [answer["loading_bytes"] / whole for answer in answers]
     # On a CPU a rank keeps its half in host memory, beside the layer that is being dealt; on a GPU it would not.
     assert max(loading) < 0.85, loading
+
+
+def test_the_contract_is_told_once(two_ranks: RankPool, tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+    values = options(projector_learning_rate=0.0, deepspeed="zero2")
+    answers = two_ranks.run(train_config(tiny_llava, shapes / "train", tmp_path / "run", **values))
+    assert [answer["code"] for answer in answers] == [2, 2]
+    assert "projector should learn but did not move" in answers[0]["message"]
+    assert answers[1]["error"] == "EndedElsewhere"

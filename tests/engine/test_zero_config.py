@@ -100,7 +100,7 @@ def test_auto_takes_the_recipes_values_and_what_follows_from_the_model(tmp_path:
         (zero(2, offload_param={"device": "cpu"}), "offload_param` has no effect at stage 2"),
         (zero(2, offload_optimizer={"device": "nvme"}), "give {\"device\": \"cpu\"} or remove it"),
         (zero(2, offload_optimizer={"device": "cpu", "ratio": 0.5}), "offload_optimizer.ratio` would have no effect"),
-        (zero(2, reduce_bucket_size="5e8"), "reduce_bucket_size` is '5e8': give a number"),
+        (zero(2, reduce_bucket_size="5e8"), "reduce_bucket_size` is '5e8': give a whole number"),
         ([1], "a list instead of an object"),
     ],
 )  # fmt: skip
@@ -108,6 +108,14 @@ def test_what_contradicts_or_would_be_ignored_is_refused(content: Any, expected:
     with pytest.raises(UserError) as refused:
         resolved(tmp_path, content)
     assert expected in str(refused.value) and str(tmp_path / "ds.json") in str(refused.value)
+
+
+def test_sizes_may_be_written_as_the_manuals_do(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": true}}')
+    zero_section = resolve(str(path), KNOWN, 64)["zero_optimization"]
+    assert zero_section == {"stage": 2, "reduce_bucket_size": 500_000_000, "overlap_comm": True}
+    assert isinstance(zero_section["reduce_bucket_size"], int)
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -128,6 +128,10 @@ class World:
         self.together(lambda: None)
         return self.together(act)
 
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise an error that every process has met: the writer's, which tells the user, and `EndedElsewhere`."""
+        raise agreed(error if self.is_writer else EndedElsewhere(getattr(error, "exit_code", 1)))
+
     def report(self, error: BaseException) -> None:
         """Tell the others why this process ends, unless all of them know."""
         if self._heartbeat is None or getattr(error, "agreed", False):
@@ -151,9 +155,8 @@ class World:
         if self._talk is None:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(
-            totals, operation
-        )  # in every step: NCCL does it in 0.1 ms where gloo's ring takes one hop a rank
+        # By the group of the steps: NCCL does it at once, where a gloo ring takes one hop a rank.
+        dist.all_reduce(totals, operation)
         return [float(total) for total in totals]
 
     def join(self, timeout_s: float) -> None:

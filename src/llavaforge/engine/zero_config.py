@@ -176,8 +176,8 @@ def _faults_of_zero(zero: Mapping[str, Any], bf16: bool) -> Iterator[str]:
             yield f"`zero_optimization.{key}` has no effect at {at} ({known}); remove it"
         elif key in ("offload_optimizer", "offload_param"):
             yield from _faults_of_offload(key, value)
-        elif not isinstance(value, bool | int) and value != _AUTO:
-            yield f"`zero_optimization.{key}` is {value!r}: give a number, true or false"
+        elif value != _AUTO and not _is_whole(value):
+            yield f"`zero_optimization.{key}` is {value!r}: give a whole number, true or false"
         elif value == _AUTO and key not in _auto_sizes(1):
             yield f'`zero_optimization.{key}` cannot be "auto": give a value or remove it'
 
@@ -201,7 +201,12 @@ def _auto_sizes(hidden_size: int) -> dict[str, int]:
 
 def _without_auto(zero: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
     sizes = _auto_sizes(hidden_size)
-    return {key: sizes[key] if value == _AUTO else value for key, value in zero.items()}
+    plain = {key: int(value) if isinstance(value, float) else value for key, value in zero.items()}  # 5e8
+    return {key: sizes[key] if value == _AUTO else value for key, value in plain.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer())
 
 
 def _same(theirs: Any, ours: Any) -> bool:

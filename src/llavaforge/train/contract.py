@@ -15,7 +15,6 @@ from torch import nn
 
 from llavaforge.data.sample import Sample
 from llavaforge.engine.base import Engine
-from llavaforge.engine.world import agreed
 from llavaforge.errors import UserError
 from llavaforge.model.trainable import Group
 
@@ -52,13 +51,14 @@ class Contract:
         frozen, masters = self._frozen_sums(), self._master_sums()
         changed = [name for name, before in self._frozen_before.items() if frozen[name] != before]
         moved = sorted({self._part[name] for name, before in self._masters_before.items() if masters[name] != before})
-        everywhere = self._engine.world.gather((changed, moved))
+        world = self._engine.world
+        everywhere = world.gather((changed, moved))
         changed = sorted({name for names, _ in everywhere for name in names})
         if changed:
-            raise agreed(ContractError(f"{len(changed)} frozen tensors changed, for example {changed[0]}."))
+            world.fail(ContractError(f"{len(changed)} frozen tensors changed, for example {changed[0]}."))
         still = sorted(set(self._part.values()) - {part for _, parts in everywhere for part in parts})
         if still:
-            raise agreed(
+            world.fail(
                 UserError(
                     f"{', '.join(still)} should learn but did not move in {STEPS_BEFORE_PROOF} steps. Its learning "
                     "rate is 0, or no sample reached it (few records with images): check learning_rate and the data."

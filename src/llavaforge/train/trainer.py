@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,7 @@ from llavaforge.data.pack import Pack
 from llavaforge.data.plan import Plan, deal_in_order, in_order
 from llavaforge.data.sample import Sample
 from llavaforge.engine.base import AdamWOptions, Engine
-from llavaforge.engine.world import agreed
-from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
+from llavaforge.errors import StoppedEarly, UserError
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, compute_dtype
 from llavaforge.model.step import StepModule
@@ -222,13 +221,9 @@ class Trainer:
         if has_fault:
             done = f"The {step} steps done so far are saved in {where}" if where else "No step was done yet"
             told = next(text for text in self._world.gather(str(fault) if fault else "") if text)
-            self._end(UserError(f"{told}\n{done}; mend the data and start again."))
+            self._world.fail(UserError(f"{told}\n{done}; mend the data and start again."))
         go_on = f"after step {step}; start again to go on from {where}" if where else "before step 1; start again"
-        self._end(StoppedEarly(f"stopped {go_on}", int(code)))
-
-    def _end(self, error: UserError | StoppedEarly) -> NoReturn:
-        """Raise on all processes; only the writer's says why."""
-        raise agreed(error if self._world.is_writer else EndedElsewhere(error.exit_code))
+        self._world.fail(StoppedEarly(f"stopped {go_on}", int(code)))
 
     def _count_skips(self, skipped: bool) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -241,7 +236,7 @@ class Trainer:
                 f"{_MOST_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite: lower the learning rate, "
                 "or train with --bf16 false to see whether the model or the precision is at fault."
             )
-            raise agreed(error if self._world.is_writer else EndedElsewhere(1))
+            self._world.fail(error)
 
     def _evaluate(self) -> float:
         """Return the held-out loss per supervised token."""
