@@ -44,8 +44,18 @@ def make_tasks(
     """
     num_steps = WARMUP_STEPS + num_measured + SPARE_STEPS
     zeros = np.zeros(NUM_SAMPLES, dtype=np.int64)
-    seed = TrainConfig.model_fields["seed"].default
-    plan = Plan(np.arange(NUM_SAMPLES), zeros, zeros, batch_size, num_steps, seed, 1, batch_size, None)
+    plan = Plan(
+        samples=np.arange(NUM_SAMPLES),
+        lengths=zeros,
+        num_supervised=zeros,
+        costs=np.zeros(NUM_SAMPLES),
+        global_batch_size=batch_size,
+        num_steps=num_steps,
+        seed=TrainConfig.model_fields["seed"].default,
+        world_size=1,
+        max_samples=batch_size,
+        max_tokens=None,
+    )
     order = np.concatenate([plan.global_batch(step) for step in range(num_steps)]).tolist()
     return {
         side: Task(
