@@ -1,8 +1,6 @@
 """Pixels equal the saved processor's; odd files are handled or refused by name."""
 
 import io
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llavaforge.data.images import ImageStore, Preprocessing, decode, find_images
+from llavaforge.data.images import Preprocessing, decode
 from llavaforge.errors import UserError
 from llavaforge.model.tower import normalize
 
@@ -91,23 +89,3 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     bomb = as_file(Image.new("1", (20_000, 20_000)), "PNG")
     with pytest.raises(UserError, match="bomb\\.png"):
         decode(bomb, "bomb.png")
-
-
-def test_a_zip_is_read_in_place_with_and_without_a_folder_inside(tmp_path: Path) -> None:
-    data = as_file(picture(8, 8), "PNG")
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr("a.png", data)
-        archive.writestr("images/b.png", data)
-    store = find_images(tmp_path / "chat.json")
-    assert store.has("a.png") and store.has("b.png") and not store.has("c.png")
-    assert store.read("a.png") == store.read("b.png") == data
-    assert not (tmp_path / "images").exists()
-
-
-def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(b"x")
-    (tmp_path / "images").mkdir()
-    store = ImageStore(tmp_path / "images")
-    assert not store.has("../secret.png") and not store.has(str(tmp_path / "secret.png"))
-    with pytest.raises(UserError):
-        store.read("../secret.png")

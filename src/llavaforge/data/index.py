@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from llavaforge.checkpoint.publish import sha256, sync_path
 from llavaforge.config.schema import SampleOptions
-from llavaforge.data.images import ImageStore, find_images
+from llavaforge.data.image_store import ImageStore, find_images
 from llavaforge.data.records import Record, RecordError, find_data_file, raise_faults, read_records
 from llavaforge.data.sample import Sample, SampleBuilder
 from llavaforge.data.template import ChatTemplate
