@@ -14,6 +14,7 @@ from bench.samples import NUM_SAMPLES
 from bench.scenarios import NUM_WORKERS, Scenario, Side, Task
 from llavaforge.config.schema import TrainConfig
 from llavaforge.data.index import open_index
+from llavaforge.data.mixture import Mixture
 from llavaforge.data.plan import Plan
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import load_model
@@ -45,13 +46,12 @@ def make_tasks(
     num_steps = WARMUP_STEPS + num_measured + SPARE_STEPS
     zeros = np.zeros(NUM_SAMPLES, dtype=np.int64)
     plan = Plan(
-        samples=np.arange(NUM_SAMPLES),
+        mixture=Mixture([np.arange(NUM_SAMPLES)], [NUM_SAMPLES], TrainConfig.model_fields["seed"].default),
         lengths=zeros,
         num_supervised=zeros,
         costs=np.zeros(NUM_SAMPLES),
         global_batch_size=batch_size,
         num_steps=num_steps,
-        seed=TrainConfig.model_fields["seed"].default,
         world_size=1,
         max_samples=batch_size,
         max_tokens=None,

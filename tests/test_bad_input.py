@@ -162,7 +162,7 @@ def test_a_faulty_image_in_a_worker_is_told_without_its_traceback(
     for image in (data / "images").iterdir():
         image.write_text("<html>404</html>")
     code = main(train_flags(tiny_llava, data, tmp_path / "run", "--dataloader_num_workers=1"))
-    assert_refused(capsys, code, "chat.json row", "not a JPEG, PNG", "No step was done yet; mend the data")
+    assert_refused(capsys, code, "chat.json row", "JPEG, PNG", "No step was done yet; mend the data")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RECIPE_ONLY = {"stages", "data"}  # lists of mappings
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -42,6 +44,12 @@ VERBS: dict[str, Verb] = {
     ),
     "customize-model": Verb(
         "CustomizeModelConfig", "join.parts:customize_model", "join a vision tower and a language model"
+    ),
+    "data check": Verb(
+        "DataCheckConfig", "use.data_check:data_check", "find what is wrong with a data set", takes_recipe=True
+    ),
+    "data preview": Verb(
+        "DataPreviewConfig", "use.data_preview:data_preview", "show samples as the model sees them", takes_recipe=True
     ),
     "data make-shapes": Verb(
         "MakeShapesConfig", "data.shapes:make_shapes", "write a generated data set of coloured shapes"
@@ -104,13 +112,17 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     parser = _parser(name, verb, options)
     given, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
     if unknown:
-        if unknown[0] == "--stages":
-            raise UserError("llavaforge train: `stages` is a list of mappings, so it is given in a recipe only.")
+        if (field := unknown[0][2:].split("=")[0]) in _RECIPE_ONLY & options.model_fields.keys():
+            raise UserError(f"llavaforge {name}: `{field}` is a list of mappings, so it is given in a recipe only.")
         flags = [f"--{field}" for field in options.model_fields]
         raise UserError(f"llavaforge {name}: unknown argument `{unknown[0]}`.{load.nearest(unknown[0], flags)}")
     values = vars(given)
     recipe = values.pop("recipe", None) if verb.takes_recipe else None
     merged = {**(load.read_recipe(Path(recipe)) if recipe else {}), **values}
+    if options is not schema.TrainConfig and verb.takes_recipe:  # a training recipe says more than these verbs need
+        merged = {key: value for key, value in merged.items() if key in options.model_fields or not _is_of_train(key)}
+    if "data_path" in values and merged.pop("data", None):
+        logger.info("--data_path %s takes the place of the recipe's data", values["data_path"])
     merged["stages"] = [_without(stage, values) for stage in merged.get("stages") or []]
     if not merged["stages"]:
         del merged["stages"]
@@ -138,6 +150,12 @@ def function_of(name: str) -> Callable[..., Any]:
     verb.__name__ = verb.__qualname__ = name.split()[-1].replace("-", "_")
     verb.__doc__ = f"{VERBS[name].summary}\n\nTakes the options of `llavaforge {name} --help` as keywords."
     return verb
+
+
+def _is_of_train(key: str) -> bool:
+    from llavaforge.config.schema import TrainConfig
+
+    return key in TrainConfig.model_fields
 
 
 def _without(stage: Any, flags: Mapping[str, Any]) -> Any:
@@ -184,7 +202,7 @@ def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.Argument
     if verb.takes_recipe:
         parser.add_argument("recipe", nargs="?", help="a YAML recipe; flags override its keys")
     for field, info in options.model_fields.items():
-        if field == "stages":  # a list of mappings: recipes only
+        if field in _RECIPE_ONLY:
             continue
         default = "" if info.is_required() else f" (default: {info.get_default()})"
         choices = [str(value) for value in typing.get_args(info.annotation) if isinstance(value, str)]

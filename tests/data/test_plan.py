@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llavaforge.data.mixture import Mixture
 from llavaforge.data.plan import Plan, deal_in_order, in_order, num_steps
 from llavaforge.errors import UserError
 
@@ -14,13 +15,12 @@ from llavaforge.errors import UserError
 def plan(num_samples: int = 50, **changes: Any) -> Plan:
     lengths = np.random.default_rng(1).integers(5, 40, num_samples)
     values: dict[str, Any] = {
-        "samples": np.arange(num_samples),
+        "mixture": Mixture([np.arange(num_samples)], [num_samples], seed=0),
         "lengths": lengths,
         "num_supervised": lengths // 2,
         "costs": lengths.astype(float) ** 2,
         "global_batch_size": 8,
         "num_steps": 13,
-        "seed": 0,
         "world_size": 1,
         "max_samples": 8,
         "max_tokens": None,

@@ -116,7 +116,7 @@ def test_a_rank_that_has_only_text_keeps_up(
     stage: str, train_type: str, two_ranks: RankPool, tiny_llava: Path, mixed: Path, tmp_path: Path
 ) -> None:
     values = options(train_type=train_type, global_batch_size=2, per_device_train_batch_size=1, max_steps=10)
-    values |= {"gradient_checkpointing": True, "eval_holdout": 7, "eval_steps": 5}
+    values |= {"gradient_checkpointing": True, "validation_split": 7, "eval_steps": 5}
     faults = {"chunk": 50}  # so that ranks differ in the pieces of their loss as well
     with injected(faults):
         train(train_config(tiny_llava, mixed, tmp_path / "one", **values))

@@ -21,7 +21,9 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from llavaforge.config.schema import TrainConfig
 from llavaforge.data.images import Preprocessing
+from llavaforge.data.index import Row
 from llavaforge.data.pack import Pack, make_pack
+from llavaforge.data.records import ImageRef
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import select
@@ -53,12 +55,12 @@ def model_of(tower: type = CLIPVisionConfig, feature_layer: int = -2) -> Any:
 
 
 def pack_of(samples: Sequence[tuple[int, int]], with_image: bool = True) -> Pack:
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for length, supervised in samples:
         ids = [1 + place % 90 for place in range(length)]
         ids[2] = IMAGE_TOKEN if with_image else 1
-        image = "a.jpg" if with_image else None
-        rows.append({"ids": ids, "supervised_spans": [length - supervised, length], "image": image, "where": "row"})
+        images = (ImageRef("a.jpg"),) if with_image else ()
+        rows.append(Row(0, "rows", 0, "", images, np.array(ids), np.array([length - supervised, length]), length))
     pixels = [np.zeros((3, SIDE, SIDE), dtype=np.uint8)] * (len(rows) if with_image else 0)
     return make_pack(rows, pixels, IMAGE_TOKEN, NUM_IMAGE_TOKENS)
 

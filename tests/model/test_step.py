@@ -57,8 +57,8 @@ def test_loss_equals_plain_transformers_with_labels(loaded: LoadedModel, shapes:
     module = StepModule(loaded.model, loaded.preprocessing)
     for number in range(NUM_SAMPLES):
         row = index.row(number)
-        sample = Sample(row["ids"], row["supervised_spans"], row["length"])
-        with Image.open(index.images.root / row["image"]) as opened:
+        sample = Sample(row.ids.tolist(), row.supervised_spans.tolist(), row.length)
+        with Image.open(index.parts[0].source.images.root / row.images[0].name) as opened:
             pixels = loaded.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
         labels, ids = [], []
         for token, label in zip(sample.ids, sample.labels(), strict=True):

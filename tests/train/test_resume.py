@@ -28,10 +28,10 @@ from llavaforge.train.trainer import Trainer
 
 step = Trainer._step
 
-def step_or_die(self, packs):
+def step_or_die(self, *arguments):
     if self._state.step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, packs)
+    return step(self, *arguments)
 
 Trainer._step = step_or_die
 cli.main(sys.argv[1:])
@@ -173,7 +173,7 @@ def test_a_bad_image_in_the_middle_loses_no_step(
     seen: list[str] = []
     pixels = PackDataset.pixels
     with monkeypatch.context() as patch:
-        patch.setattr(PackDataset, "pixels", lambda self, row: (seen.append(row["image"]), pixels(self, row))[1])
+        patch.setattr(PackDataset, "pixels", lambda self, row: (seen.append(row.images[0].name), pixels(self, row))[1])
         train(train_config(tiny_llava, data, tmp_path / "whole", max_steps=9))
     victim = data / "images" / seen[21]  # of the sixth step
     whole_image = victim.read_bytes()

@@ -70,7 +70,7 @@ def test_metrics_curve_and_result_are_left(tiny_llava: Path, shapes: Path, tmp_p
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5_000
     assert set(result) == {
         "output_dir", "global_step", "train_loss", "eval_loss", "samples_per_s", "tokens_per_s", "mfu",
-        "peak_memory_bytes",
+        "peak_memory_bytes", "num_bad_samples",
     }  # fmt: skip
     assert 0 < result["mfu"] < 1.5 and result["tokens_per_s"] > 0
     total = sum(line["loss"] * line["num_supervised"] for line in lines)
@@ -78,10 +78,10 @@ def test_metrics_curve_and_result_are_left(tiny_llava: Path, shapes: Path, tmp_p
 
 
 def test_holdout_rows_are_not_trained_on(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
-    config = train_config(tiny_llava, shapes / "train", tmp_path / "run", max_steps=1, eval_holdout=10)
+    config = train_config(tiny_llava, shapes / "train", tmp_path / "run", max_steps=1, validation_split=10)
     assert math.isfinite(train(config)["eval_loss"])
-    with pytest.raises(UserError, match="leaves nothing"):
-        train(train_config(tiny_llava, shapes / "train", tmp_path / "other", eval_holdout=40))
+    with pytest.raises(UserError, match="holds out 40 of 40 records"):
+        train(train_config(tiny_llava, shapes / "train", tmp_path / "other", validation_split=40))
 
 
 def test_a_finished_run_is_skipped_and_a_different_one_refused(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_batched_answers_equal_single_ones_and_the_processors_way(tiny_llava: Pa
     images = [Image.open(file).convert("RGB") for file in files]
     prompts = ["What?", "A much longer question about the image, is it?", "Describe the image."]
     questions = [
-        Question((Turn("user", f"<image>\n{prompt}"),), loaded.preprocessing(image))
+        Question((Turn("user", f"<image>\n{prompt}"),), [loaded.preprocessing(image)])
         for prompt, image in zip(prompts, images, strict=True)
     ]
     answerer = Answerer(loaded, SampleOptions(), max_new_tokens=8)
@@ -88,7 +88,7 @@ def test_the_image_token_is_never_generated(tiny_llava: Path) -> None:
     favoured = loaded.model.lm_head.register_forward_hook(
         lambda _module, _inputs, output: output.index_fill(-1, torch.tensor([loaded.image_token_id]), 1e4)
     )
-    answer = Answerer(loaded, SampleOptions(), max_new_tokens=4)([Question((Turn("user", "Hi"),), None)])
+    answer = Answerer(loaded, SampleOptions(), max_new_tokens=4)([Question((Turn("user", "Hi"),))])
     favoured.remove()
     assert answer[0] != ""  # skip_special_tokens would hide four `<image>` tokens as an empty answer
     ids = loaded.processor.tokenizer(answer[0], add_special_tokens=False).input_ids

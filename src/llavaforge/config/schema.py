@@ -70,8 +70,33 @@ class MakeShapesConfig(Schema):
     """Seed of the generated scenes."""
 
 
+class DataEntry(Schema):
+    """One data set of a mixture: an entry of a recipe's `data` list."""
+
+    path: Path
+    """A folder, a file, or a data set's name on the hub."""
+    images: Path | None = None
+    """Folder, .zip or .tar of its images (default: `images/`, `images.zip` or `images.tar` beside it)."""
+    format: Literal["auto", "llava", "sharegpt", "messages", "caption"] = "auto"
+    """How its rows are written; `auto` tells by their fields."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of the samples, relative to the other weights; an epoch keeps the size of all data together."""
+    repeat: Annotated[float, Field(gt=0)] | None = None
+    """How often each of its samples comes in an epoch (0.5: half of them, the other half in the next epoch)."""
+    max_samples: PositiveInt | None = None
+    """Use only the first so many records."""
+    split: str | None = None
+    """Which split of it, where it has several (default: train)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataEntry":
+        if self.weight is not None and self.repeat is not None:
+            raise ValueError("give weight or repeat, not both")
+        return self
+
+
 class SampleOptions(Schema):
-    """How a record becomes a sample; shared by `train` and `evaluate`."""
+    """How a record becomes a sample; shared by `train`, `evaluate` and the `data` verbs."""
 
     prompt_style: Literal["chat", "plain"] = "chat"
     """`chat`: the model's chat template. `plain`: image and caption without the instruction (LLaVA's stage 1)."""
@@ -80,18 +105,94 @@ class SampleOptions(Schema):
     max_length: PositiveInt = 2048
     """Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit."""
     image_folder: Path | None = None
-    """Where the images are; found beside the data file (`images/`, `images.zip`, or its own folder) when not given."""
+    """Folder, .zip or .tar of the images of `data_path`; found beside it when not given."""
     cache_dir: Path | None = None
-    """Where tokenised indexes are kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`)."""
+    """Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`)."""
 
 
-class TrainConfig(SampleOptions):
+class DataOptions(SampleOptions):
+    """Which data, and how it is dealt; shared by `train` and the `data` verbs."""
+
+    data_path: Path | None = None
+    """Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset (docs/data.md)."""
+    data: list[DataEntry] = []
+    """Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split."""
+    eval_data_path: Path | None = None
+    """Held-out data, same kinds as `data_path`."""
+    validation_split: NonNegativeFloat = 0
+    """Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never splits an image."""
+    quarantine: Path | None = None
+    """A list of bad records, as `data check --quarantine` writes it; `train` leaves them out."""
+
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimizer step over all processes; accumulation is derived from it."""
+    per_device_train_batch_size: PositiveInt | None = None
+    """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
+    max_tokens_per_batch: PositiveInt | None = None
+    """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
+    seed: int = 42
+    """Seed of the sample order, LoRA's initial weights and dropout."""
+
+    @model_validator(mode="after")
+    def _check_data(self) -> "DataOptions":
+        if self.data_path is None and not self.data:
+            raise ValueError("`data_path` is missing: give it in the recipe or as --data_path")
+        if self.data_path is not None and self.data:
+            raise ValueError("give data_path or data, not both")
+        if self.data and self.image_folder:
+            raise ValueError("image_folder belongs to data_path: give `images` in the entries of data")
+        if len({entry.weight is None for entry in self.data}) > 1:
+            raise ValueError("data: give every entry a weight, or none")
+        if self.eval_data_path and self.validation_split:
+            raise ValueError("give eval_data_path or validation_split, not both")
+        if self.validation_split > 1 and self.validation_split % 1:
+            raise ValueError("validation_split is a share below 1 or a whole number of records")
+        return self
+
+    @property
+    def entries(self) -> list[DataEntry]:
+        """The data sets to train on."""
+        if self.data_path is None:
+            return self.data
+        return [DataEntry(path=self.data_path, images=self.image_folder)]
+
+    @property
+    def max_samples_per_batch(self) -> int:
+        """Most samples in one micro-batch of one process."""
+        if self.per_device_train_batch_size is not None:
+            return self.per_device_train_batch_size
+        return _NO_BOUND if self.max_tokens_per_batch else _MICRO_BATCH
+
+
+class DataCheckConfig(DataOptions):
+    """Find what is wrong with a data set before training: every record, every image. Takes a training recipe too."""
+
+    model_name_or_path: str | None = None
+    """The model to be trained; without it tokens, lengths and labels are not checked."""
+    report: Path | None = None
+    """Folder for `report.html` and `findings.jsonl`."""
+    quarantine: Path | None = None
+    """File for the list of bad records, which `train --quarantine` leaves out."""
+    check_images: bool = True
+    """Decode every image; `false` checks only that they are there."""
+
+
+class DataPreviewConfig(DataOptions):
+    """Show samples as the model sees them: images, supervised tokens, packing. Takes a training recipe too."""
+
+    model_name_or_path: str
+    """The model to be trained."""
+    output: Path | None = None
+    """The HTML page to write."""
+    num_samples: PositiveInt = 16
+    """Number of samples to show, the first ones of the run."""
+
+
+class TrainConfig(DataOptions):
     """Train a LLaVA: one stage, or several under `stages`."""
 
     model_name_or_path: str
     """Folder (or hub name) of the model to start from: written by customize-model, or any llava-hf style model."""
-    data_path: Path
-    """A folder with `chat.json` and `images/` or `images.zip`, or a LLaVA-style .json or .jsonl file."""
     output_dir: Path
     """Where checkpoints, metrics and the finished model go."""
     train_type: TrainType = "use_lora"
@@ -99,10 +200,10 @@ class TrainConfig(SampleOptions):
     projector_from: str | None = None
     """A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's `mm_projector.bin`."""
 
-    eval_data_path: Path | None = None
-    """Held-out data, same layouts as `data_path`."""
-    eval_holdout: NonNegativeInt = 0
-    """Number of records of `data_path` to hold out when there is no `eval_data_path`."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What to do with a record or image that cannot be read: stop, or leave it out and list it in bad_samples.jsonl."""
+    max_bad_samples: NonNegativeInt = 100
+    """With `skip`: stop when more than so many were left out."""
     eval_steps: NonNegativeInt = 0
     """Held-out loss every so many steps (0: only at the end)."""
 
@@ -110,12 +211,6 @@ class TrainConfig(SampleOptions):
     """Passes over the data (ignored when `max_steps` is given)."""
     max_steps: NonNegativeInt = 0
     """Number of optimizer steps; 0 derives it from `num_train_epochs`."""
-    global_batch_size: PositiveInt | None = None
-    """Samples per optimizer step over all processes; accumulation is derived from it."""
-    per_device_train_batch_size: PositiveInt | None = None
-    """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
-    max_tokens_per_batch: PositiveInt | None = None
-    """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
 
@@ -164,8 +259,6 @@ class TrainConfig(SampleOptions):
     """Seconds after which a run of several processes is ended when one of them does not answer or gets nowhere."""
     dataloader_num_workers: NonNegativeInt = 2
     """Processes that decode images (0: the training process itself)."""
-    seed: int = 42
-    """Seed of the sample order, LoRA's initial weights and dropout."""
 
     save_steps: NonNegativeInt = 500
     """A checkpoint every so many steps (0: none)."""
@@ -183,10 +276,8 @@ class TrainConfig(SampleOptions):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.eval_data_path and self.eval_holdout:
-            raise ValueError("give eval_data_path or eval_holdout, not both")
-        if self.eval_steps and not (self.eval_data_path or self.eval_holdout):
-            raise ValueError("eval_steps needs held-out data: give eval_data_path or eval_holdout")
+        if self.eval_steps and not (self.eval_data_path or self.validation_split):
+            raise ValueError("eval_steps needs held-out data: give eval_data_path or validation_split")
         if self.deepspeed is not None and self.deepspeed not in shipped_deepspeed():
             if not Path(self.deepspeed).is_file():
                 names = ", ".join(shipped_deepspeed())
@@ -202,13 +293,6 @@ class TrainConfig(SampleOptions):
         if self.prompt_style == "plain" and self.system_prompt:
             raise ValueError("system_prompt has no place in prompt_style plain: drop it, or use prompt_style chat")
         return self
-
-    @property
-    def max_samples_per_batch(self) -> int:
-        """Most samples in one micro-batch of one process."""
-        if self.per_device_train_batch_size is not None:
-            return self.per_device_train_batch_size
-        return _NO_BOUND if self.max_tokens_per_batch else _MICRO_BATCH
 
 
 class EvaluateConfig(SampleOptions):

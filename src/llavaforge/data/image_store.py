@@ -1,86 +1,174 @@
-"""Image files where they are: a folder or a zip.
+"""Image files where they are: a folder, a zip, a tar, a Parquet or Arrow column, or a row itself. Nothing is unpacked.
 
-Comes in: a file name of a record. Goes out: its bytes. Called by `data/index.py` and loader workers.
+Comes in: names from records when data is prepared (`locate`), places when a training step reads (`read`). Called by
+`data/prepare.py` and loader workers.
+
+A place is found once and kept in the index, so a loader worker needs no directory of an archive: for the 595,375 images
+of CC3M that directory would cost every worker 300 MB and 5 s.
 """
 
+import base64
+import binascii
 import os
-import zipfile
-from dataclasses import dataclass, field
+import posixpath
+import zlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from llavaforge.data import archives, columns
+from llavaforge.data.faults import RecordError
+from llavaforge.data.records import ImageRef
 from llavaforge.errors import UserError
 
+ARCHIVES = (".zip", ".tar")
+_MOST_OPEN_FILES = 64  # per process; a WebDataset may have ten thousand shards
 
-@dataclass
+
+@dataclass(frozen=True)
 class ImageStore:
-    """Images by name, in a folder or in a zip that is read in place.
+    """The images of one data set.
 
-    Each process opens its own handle of the zip, so a store may be sent to loader workers.
+    Attributes:
+        containers: the image root first (a folder, a .zip or a .tar, for images given by name), then the files of the
+            data set that hold images themselves (tars, Parquet, Arrow).
+        cache_dir: where the directories of archives are kept.
     """
 
-    root: Path
-    _archive: zipfile.ZipFile | None = field(default=None, init=False, repr=False)
-    _names: dict[str, str] = field(default_factory=dict, init=False, repr=False)
-    _owner: int = field(default=0, init=False, repr=False)
+    containers: tuple[Path, ...]
+    cache_dir: Path
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_archive": None, "_names": {}, "_owner": 0}
+    def __getstate__(self) -> dict[str, Any]:  # without the table of an archive: a worker maps it itself
+        return {"containers": self.containers, "cache_dir": self.cache_dir}
 
-    def has(self, name: str) -> bool:
-        """Say whether there is a file of that name below the root."""
-        if self._is_zip():
-            return name in self._open()[1]
-        return self._inside(name) and os.path.isfile(self.root / name)
+    @property
+    def root(self) -> Path:
+        """Where images given by name are."""
+        return self.containers[0]
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of an image file.
+    def locate(self, ref: ImageRef) -> ImageRef:
+        """Return where an image is, without reading it.
 
         Raises:
-            UserError: no such file.
+            RecordError: it is outside the root, or not there.
         """
+        if ref.container >= 0 or ref.name.startswith("data:"):
+            return ref
+        name = safe_name(ref.name)
+        if self.root.suffix in ARCHIVES:
+            place = self._members.find(name) or self._members.find(f"images/{name}")
+            if place is not None:
+                return ImageRef(ref.name, 0, *place)
+        elif self._is_file(name):
+            return ImageRef(ref.name, 0)
+        raise RecordError(
+            "missing_image", f"image {ref.name!r} is not in {self.root}. Add the file or remove the row.", ref.name
+        )
+
+    def read(self, ref: ImageRef) -> bytes:
+        """Return the bytes of an image.
+
+        Args:
+            ref: as `locate` gave it.
+
+        Raises:
+            RecordError: it is not there any more.
+        """
+        if ref.name.startswith("data:"):
+            return _inline(ref.name)
+        path = self.containers[ref.container]
         try:
-            if self._is_zip():
-                archive, names = self._open()
-                return archive.read(names[name])
-            if not self._inside(name):
-                raise KeyError(name)
-            return (self.root / name).read_bytes()
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.root / name}: cannot be read ({error}).") from None
+            if path.suffix == ".zip":
+                return archives.read_zip_member(_opened(path), ref.offset, ref.size, ref.crc)
+            if path.suffix == ".tar":
+                return archives.read_at(_opened(path), ref.offset, ref.size)
+            if path.suffix in columns.SUFFIXES:
+                return columns.read_image(path, ref.offset, ref.size)
+            return self._read_file(safe_name(ref.name))
+        except (OSError, ValueError, KeyError, zlib.error) as error:
+            raise RecordError("missing_image", f"{self.name(ref)}: cannot be read ({error}).", ref.name) from None
 
-    def _is_zip(self) -> bool:
-        return self.root.suffix == ".zip"
+    def name(self, ref: ImageRef) -> str:
+        """Return what messages call an image."""
+        if ref.name.startswith("data:"):
+            return "inline image"
+        path = self.containers[max(ref.container, 0)]
+        return f"{path} row {ref.offset}" if path.suffix in columns.SUFFIXES else str(path / ref.name)
 
-    def _inside(self, name: str) -> bool:
-        path = os.path.normpath(name)
-        return not (os.path.isabs(path) or path.split(os.sep)[0] == os.pardir)
+    def _is_file(self, name: str) -> bool:
+        path = os.path.join(self._real_root, name)
+        if not os.path.isfile(path):
+            return False
+        _check_inside(path, self._real_root)
+        return True
 
-    def _open(self) -> tuple[zipfile.ZipFile, dict[str, str]]:
-        # A handle that crossed a fork shares its file offset with the parent: open anew in each process.
-        if self._archive is None or self._owner != os.getpid():
-            try:
-                self._archive = zipfile.ZipFile(self.root)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"{self.root}: not a readable zip ({error}). Download or pack it again.") from None
-            members = [name for name in self._archive.namelist() if not name.endswith("/")]
-            # Zips made from outside the folder hold `images/a.jpg`, those made inside it `a.jpg`: both are `a.jpg`.
-            self._names = {name.removeprefix("images/"): name for name in members} | {name: name for name in members}
-            self._owner = os.getpid()
-        return self._archive, self._names
+    def _read_file(self, name: str) -> bytes:
+        path = os.path.join(self._real_root, name)
+        _check_inside(path, self._real_root)
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+
+    @cached_property
+    def _real_root(self) -> str:
+        return os.path.realpath(self.root)
+
+    @cached_property
+    def _members(self) -> archives.Members:
+        return archives.members(self.root, self.cache_dir)
 
 
-def find_images(data_file: Path, image_folder: Path | None = None) -> ImageStore:
-    """Return the store that belongs to a data file: `image_folder`, or `images/`, `images.zip`, the folder itself.
+def find_image_root(images: Path | None, folder: Path) -> Path:
+    """Return where images given by name are: `images`, or `images/`, `images.zip`, `images.tar` of a folder, or itself.
 
     Raises:
-        UserError: `image_folder` is neither a folder nor a zip.
+        UserError: `images` is neither a folder nor an archive.
     """
-    if image_folder is not None:
-        if not image_folder.is_dir() and image_folder.suffix != ".zip":
-            raise UserError(f"{image_folder}: no such folder (image_folder). Give a folder or a .zip of images.")
-        return ImageStore(image_folder)
-    for candidate in (data_file.parent / "images", data_file.parent / "images.zip"):
-        if candidate.exists():
-            return ImageStore(candidate)
-    return ImageStore(data_file.parent)
+    if images is not None:
+        if not images.is_dir() and not (images.is_file() and images.suffix in ARCHIVES):
+            hint = " Compressed tars cannot be read in place: unpack it." if images.suffix in (".gz", ".tgz") else ""
+            raise UserError(f"{images}: no such folder of images. Give a folder, a .zip or a .tar.{hint}")
+        return images
+    candidates = [folder / "images", *(folder / f"images{suffix}" for suffix in ARCHIVES)]
+    return next((candidate for candidate in candidates if candidate.exists()), folder)
+
+
+def safe_name(name: str) -> str:
+    """Return a relative file name without detours.
+
+    Raises:
+        RecordError: it is absolute or climbs out of its folder.
+    """
+    path = posixpath.normpath(name.replace("\\", "/")) if "\\" in name else posixpath.normpath(name)
+    if "\0" in name or posixpath.isabs(path) or path.split("/")[0] == ".." or path[1:2] == ":":
+        raise RecordError(
+            "unsafe_path",
+            f"image {name!r} is not a name below the image folder. Give a relative path without `..`.",
+            name,
+        )
+    return path
+
+
+def _check_inside(path: str, real_root: str) -> None:
+    real = os.path.realpath(path)
+    if not real.startswith(real_root.rstrip(os.sep) + os.sep):
+        raise RecordError(
+            "unsafe_path", f"{path} is a link out of its folder, to {real}. Copy the image, or name its folder.", path
+        )
+
+
+def _inline(uri: str) -> bytes:
+    header, _, data = uri.partition(",")
+    try:
+        if not header.endswith(";base64"):
+            raise ValueError("no base64")
+        return base64.b64decode(data, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise RecordError(
+            "not_an_image", f"inline image {uri[:40]!r}: {error}. Write base64 after the comma."
+        ) from None
+
+
+@lru_cache(maxsize=_MOST_OPEN_FILES)
+def _opened(path: Path) -> archives.OpenFile:
+    return archives.OpenFile(path)

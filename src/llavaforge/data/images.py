@@ -1,65 +1,244 @@
 """From the bytes of an image file to the tower's pixels.
 
-Comes in: what `data/image_store.py` read. Goes out: `uint8` pixels of the tower's size. Called by loader workers.
-Normalisation to floats happens on the device (`model/tower.py`): a quarter of the bytes travel.
+Comes in: what `data/image_store.py` read. Goes out: `uint8` pixels of the tower's size. Called by loader workers;
+the data doctor asks for the header's facts only. Normalisation to floats happens on the device (`model/tower.py`):
+a quarter of the bytes travel.
 
 Legend: N images, C channels, H and W pixels.
 """
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from llavaforge.errors import UserError
 
 # The raster formats of image-text data. Anything else that Pillow could open (PDF, EPS, ...) is attack surface.
+# A phone's JPEG of several frames is opened as JPEG and calls itself "MPO".
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bound for a decompression bomb
+# The shortest edge is resized to the tower's size, so 1x5000 pixels would become 336x1,680,000: 2 GB for a stripe.
+MAX_ASPECT_RATIO = 200
 
 Pixels = npt.NDArray[np.uint8]
+
+# Filters that fade to zero at their ends: resizing a part of an image gives its pixels, in 2248 of 2248 trials. BOX and
+# NEAREST round a neighbour in or out now and then.
+_CONTINUOUS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+
+_REMEDY = "Replace the file, or remove its record from the data."
+_ORIENTATION = 0x0112  # the EXIF tag
+# What turns the image upright, by the tag's value; 1 is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow brings a PNG's samples to 8 bits (grey of 2 and 4 bits, colour of 16), but not its transparent colour.
+_KEY_TO_8_BITS = {"L;2": lambda v: v * 85, "L;4": lambda v: v * 17, "RGB;16B": lambda v: tuple(c >> 8 for c in v)}
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+# What stands in an image's place when a download went wrong. Matched in this order, in lower case.
+_IMPOSTORS = {
+    b"version https://git-lfs": "is a Git LFS pointer: `git lfs pull` fetches the file",
+    b"<!doctype html": "is an HTML page",
+    b"<html": "is an HTML page",
+    b"<svg": "is an SVG drawing",
+    b"<?xml": "is an XML file",
+    b"%pdf": "is a PDF",
+    b"%!ps": "is PostScript",
+    b"{": "is JSON",
+    b"[": "is JSON",
+}
+
+
+class ImageError(UserError):
+    """An image file is at fault. `kind` tells the faults apart where they are counted."""
+
+    kind: ClassVar[str]
+
+
+class NotAnImage(ImageError):
+    """The file is something else: an error page, text, an unsupported format, measurements without a range."""
+
+    kind = "not_an_image"
+
+
+class ImageTooLarge(ImageError):
+    """The header promises more pixels than a worker should hold."""
+
+    kind = "image_too_large"
+
+
+class TruncatedImage(ImageError):
+    """The file begins like an image, but is cut or corrupt."""
+
+    kind = "truncated_image"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a header says. `width` and `height` are those of the upright image; `mode` is Pillow's.
+
+    `orientation` is the EXIF value, 1 (upright) to 8.
+    """
+
+    format: str
+    width: int
+    height: int
+    mode: str
+    orientation: int
+
+
+def inspect(data: bytes, name: str = "image") -> ImageFacts:
+    """Read an image file's header; no pixel is decoded, so cut data may go unnoticed.
+
+    Raises:
+        ImageError: as `decode` does, for what a header shows.
+    """
+    with _opened(data, name) as image:
+        orientation = _orientation(image)
+        width, height = image.size
+        if orientation >= 5 and image.format != "TIFF":  # Pillow turns the size of a TIFF when it opens it
+            width, height = height, width
+        return ImageFacts(str(image.format), width, height, image.mode, orientation)
 
 
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode an image file to upright RGB.
 
     The EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits
-    (a plain conversion would clip it to white), and the first frame of an animation is taken.
+    (a plain conversion would clip it to white), and the first frame of an animation is taken. Flipped bits go unnoticed
+    where the format has no checksum, as in JPEG.
+
+    Returns:
+        An RGB image; its `info["name"]` is `name`, for the errors of later steps.
 
     Raises:
-        UserError: truncated, not an image, of a format outside `FORMATS`, or over `MAX_IMAGE_PIXELS`.
+        NotAnImage: of no format in `FORMATS`, whatever its name, or without a defined way to RGB.
+        ImageTooLarge: over `MAX_IMAGE_PIXELS` or `MAX_ASPECT_RATIO`; refused before it is decoded.
+        TruncatedImage: cut or corrupt.
     """
+    with _opened(data, name) as image:
+        _scale_transparent_color(image)
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image, name)
+        rgb = rgb if turn is None else rgb.transpose(turn)
+        rgb.info["name"] = name
+        return rgb
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[ImageFile]:
+    """Open a file and check its header; whatever Pillow raises, then or later, becomes an `ImageError`."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise UserError(
-                    f"{name}: {image.width}x{image.height} pixels exceed {MAX_IMAGE_PIXELS}. Scale it down."
-                )
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        # Pillow warns of corrupt metadata and from half of its bomb limit on; we either take an image or refuse it.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_header(image, name)
+            yield image
+    except ImageError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(
-            f"{name}: cannot be decoded (not a {', '.join(FORMATS)} file, whatever its name). "
-            "Replace the file, or remove its record from the data."
-        ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{name}: cannot be decoded ({error}). Replace the file, or remove its record from the data."
-        ) from None
+        raise _unidentified(data, name) from None
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"{name}: {error} Scale it down, or remove its record from the data.") from None
+    except Exception as error:
+        # Corrupt files make Pillow's plug-ins raise anything: OSError, KeyError, struct.error, ZeroDivisionError, ...
+        reason = str(error) or type(error).__name__
+        raise TruncatedImage(f"{name}: cannot be decoded, cut or corrupt ({reason}). {_REMEDY}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _check_header(image: ImageFile, name: str) -> None:
+    short, long = sorted(image.size)
+    if short < 1:
+        raise TruncatedImage(f"{name}: cannot be decoded ({image.width}x{image.height} pixels). {_REMEDY}")
+    if short * long > MAX_IMAGE_PIXELS:
+        raise ImageTooLarge(f"{name}: {image.width}x{image.height} pixels exceed {MAX_IMAGE_PIXELS}. Scale it down.")
+    if long > MAX_ASPECT_RATIO * short:
+        raise ImageTooLarge(
+            f"{name}: of {image.width}x{image.height} pixels, one side is over {MAX_ASPECT_RATIO} times the other. "
+            "Crop it, or remove its record from the data."
+        )
+    if image.mode in ("F", "LAB"):
+        raise NotAnImage(
+            f"{name}: cannot be decoded (pixels of mode {image.mode} have no defined range). Save it as 8-bit RGB."
+        )
+
+
+def _unidentified(data: bytes, name: str) -> ImageError:
+    if data.startswith(_SIGNATURES) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
+        return TruncatedImage(f"{name}: cannot be decoded, cut or corrupt (no valid header). {_REMEDY}")
+    return NotAnImage(
+        f"{name}: cannot be decoded (it {_what_it_is(data)}; allowed are {', '.join(FORMATS)}, whatever the name). "
+        f"{_REMEDY}"
+    )
+
+
+def _what_it_is(data: bytes) -> str:
+    if not data:
+        return "is empty"
+    if data[4:8] == b"ftyp":
+        return "is a HEIC, AVIF or video file"
+    head = data[:1000].lstrip().lower()
+    for beginning, what in _IMPOSTORS.items():
+        if head.startswith(beginning):
+            return what
+    is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
+    return "is text" if is_text else "is of an unknown format"
+
+
+def _orientation(image: ImageFile) -> int:
+    try:
+        # Not PNG's own `getexif`, which decodes the pixels first.
+        value = Image.Image.getexif(image).get(_ORIENTATION)
+    except Exception:  # corrupt EXIF raises anything, and the pixels are good without it
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _scale_transparent_color(image: ImageFile) -> None:
+    key = image.info.get("transparency")
+    if image.format == "PNG" and key is not None and image.tile:
+        to_8_bits = _KEY_TO_8_BITS.get(str(image.tile[0].args))
+        image.info["transparency"] = to_8_bits(key) if to_8_bits else key
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # `convert` would copy it
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64) / 256
-        return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        return _wide_grey_to_rgb(image, name)
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _wide_grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise NotAnImage(
+            f"{name}: cannot be decoded (grey values from {low} to {high}; 0 to 65535 are allowed). "
+            "Save it as 8-bit grey."
+        )
+    grey = (values >> 8).astype(np.uint8)  # the high byte, as Pillow does for 16-bit colour
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -108,13 +287,24 @@ class Preprocessing:
         )
 
     def __call__(self, image: Image.Image) -> Pixels:
-        """Return `uint8` pixels (C, H, W), equal to the processor's before it rescales."""
+        """Return `uint8` pixels (C, H, W), equal to the processor's before it rescales.
+
+        Args:
+            image: RGB, as `decode` returns it.
+
+        Raises:
+            ImageTooLarge: padded to a square it would exceed `MAX_IMAGE_PIXELS`.
+        """
+        return np.ascontiguousarray(np.asarray(self.fit(image), dtype=np.uint8).transpose(2, 0, 1))
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Pad, resize and crop an image as `__call__` does, without turning it into an array."""
         if self.pad_color is not None:
             image = _pad_to_square(image, self.pad_color)
-        image = image.resize(self._target(image), resample=Image.Resampling(self.resample))
-        if self.crop is not None:
-            image = _center_crop(image, self.crop)
-        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+        size, resample = self._target(image), Image.Resampling(self.resample)
+        if self.crop is None:
+            return image.resize(size, resample)
+        return _resize_and_crop(image, size, self.crop, resample)
 
     def _target(self, image: Image.Image) -> tuple[int, int]:
         if isinstance(self.resize, tuple):
@@ -128,12 +318,58 @@ def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     if image.width == image.height:
         return image
     side = max(image.size)
+    if side * side > MAX_IMAGE_PIXELS:
+        raise ImageTooLarge(
+            f"{image.info.get('name', 'image')}: {image.width}x{image.height} pixels, padded to a square, exceed "
+            f"{MAX_IMAGE_PIXELS}. Scale it down, or train with image_aspect_ratio crop."
+        )
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
-def _center_crop(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
-    height, width = crop
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))  # Pillow fills with black outside the image
+def _resize_and_crop(
+    image: Image.Image, size: tuple[int, int], crop: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Resize to `size` (width, height) and cut out the central `crop` (height, width).
+
+    Only the part of the image that stays is resized where its pixels are then the same.
+    """
+    (width, height), (crop_height, crop_width) = size, crop
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    right, bottom = left + crop_width, top + crop_height
+    if size == image.size:
+        return image.crop((left, top, right, bottom))
+    x0, x1 = _exact_span(image.width, width, left, right)
+    y0, y1 = _exact_span(image.height, height, top, bottom)
+    part = (x1 - x0, y1 - y0)
+    if resample not in _CONTINUOUS or _rows_first(image.size, part) != _rows_first(image.size, size):
+        x0, x1, y0, y1, part = 0, width, 0, height, size
+    box = (x0 * image.width / width, y0 * image.height / height, x1 * image.width / width, y1 * image.height / height)
+    resized = image.resize(part, resample, box)
+    return resized.crop((left - x0, top - y0, right - x0, bottom - y0))  # Pillow fills with black outside the image
+
+
+def _exact_span(source: int, target: int, low: int, high: int) -> tuple[int, int]:
+    """Widen `low` to `high` (of `target` resized pixels) until Pillow can hold the same edges in the source exactly.
+
+    Pillow takes the part's edges as float32. Rounded ones shift all filter weights a little: that changed pixels of 115
+    of 200 photographs, by up to 2. Multiples of 1/grid below 2**bits fit into a float32's 24 bits; the image's own
+    edges always do, so the search ends.
+    """
+    low, high = max(low, 0), min(high, target)
+    grid = 1 << (24 - source.bit_length())
+    while low * source * grid % target:
+        low -= 1
+    while high * source * grid % target:
+        high += 1
+    return low, high
+
+
+def _rows_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Say whether Pillow resizes the height before the width; it rounds to 8 bits in between, so the order shows.
+
+    The rule is that of Pillow 13 (`ImagingResampleInner` in its Resample.c); older ones never do.
+    """
+    fewer_columns, fewer_rows = source[0] - target[0], source[1] - target[1]
+    return fewer_rows > 0 and fewer_rows > 2 * fewer_columns

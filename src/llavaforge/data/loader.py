@@ -4,19 +4,18 @@ Comes in: an index, preprocessing and an iterable of `MicroBatch`. Goes out: an 
 `train/run.py` and `use/evaluate.py`.
 """
 
-import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llavaforge.data.images import Preprocessing, decode
-from llavaforge.data.index import SampleIndex
-from llavaforge.data.pack import Pack, make_pack
+from llavaforge.data import workers
+from llavaforge.data.faults import Fault, RecordError
+from llavaforge.data.images import ImageError, Preprocessing, decode
+from llavaforge.data.index import Row, SampleIndex
+from llavaforge.data.pack import BadSample, Pack, make_pack
 from llavaforge.data.plan import MicroBatch
 from llavaforge.errors import UserError
 
@@ -32,6 +31,7 @@ class PackDataset(Dataset[Pack]):
         image_token_id: the placeholder's id.
         num_image_tokens: tokens per image.
         blank_image: give mid-grey pixels instead of the image (to measure what a model guesses blindly).
+        mutes_bad: mute a sample whose image cannot be read (`Pack.bad`), instead of raising.
     """
 
     def __init__(
@@ -41,30 +41,59 @@ class PackDataset(Dataset[Pack]):
         image_token_id: int,
         num_image_tokens: int,
         blank_image: bool = False,
+        mutes_bad: bool = False,
     ) -> None:
         self.index = index
         self.preprocessing = preprocessing
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
         self.blank_image = blank_image
+        self.mutes_bad = mutes_bad
 
     def __getitem__(self, source: MicroBatch) -> Pack:
         rows = [self.index.row(number) for number in source.samples]
-        pixels = [self.pixels(row) for row in rows if row["image"] is not None]
-        return make_pack(rows, pixels, self.image_token_id, self.num_image_tokens, source)
+        pixels: list[np.ndarray] = []
+        bad: list[BadSample] = []
+        for number, row in zip(source.samples, rows, strict=True):
+            try:
+                pixels += self.pixels(row)
+            except BadImage as error:
+                if not self.mutes_bad:
+                    raise UserError(str(error.fault)) from None
+                pixels += [_blank(self.preprocessing)] * len(row.images)
+                bad.append(BadSample(number, int(self.index.num_supervised[number]), error.fault))
+        return make_pack(rows, pixels, self.image_token_id, self.num_image_tokens, source, bad)
 
-    def pixels(self, row: dict[str, Any]) -> np.ndarray:
-        """Return a row's pixels: `uint8` (C, H, W).
+    def pixels(self, row: Row) -> list[np.ndarray]:
+        """Return the pixels of a row's images: `uint8` (C, H, W) each.
 
         Raises:
-            UserError: the image is missing or cannot be decoded; names file and row.
+            BadImage: one is missing or cannot be decoded.
         """
-        images = self.index.images
-        try:
-            pixels = self.preprocessing(decode(images.read(row["image"]), str(images.root / row["image"])))
-        except UserError as error:
-            raise UserError(f"{row['where']}: {error}") from None
-        return np.full_like(pixels, 127) if self.blank_image else pixels
+        pixels = []
+        for number in range(len(row.images)):
+            try:
+                image = self.preprocessing(decode(*self.index.read_image(row, number)))
+            except RecordError as error:
+                raise BadImage(row.fault(error)) from None
+            except ImageError as error:
+                raise BadImage(row.fault(RecordError(error.kind, str(error), row.images[number].name))) from None
+            pixels.append(_blank(self.preprocessing) if self.blank_image else image)
+        return pixels
+
+
+def _blank(preprocessing: Preprocessing) -> np.ndarray:
+    size = preprocessing.crop or preprocessing.resize
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return np.full((3, height, width), 127, dtype=np.uint8)
+
+
+class BadImage(Exception):
+    """A sample's image cannot be read."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
 
 
 class _Told(Dataset[Pack | UserError]):
@@ -107,9 +136,9 @@ def loading(
         prefetch_factor=_PREFETCH if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker if num_workers else None,
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context=workers.context() if num_workers else None,
     )
-    with _signals_blocked():
+    with workers.signals_blocked():
         iterator = iter(loader)
     try:
         yield _raised(iterator)
@@ -118,20 +147,6 @@ def loading(
             iterator._shutdown_workers()
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Start processes that never see a request to stop.
-
-    A signal to the process group asks the trainer to stop at a step's end: the workers must live until then, also while
-    they start. A spawned process inherits the mask; ours is lifted again, and what came meanwhile is then delivered.
-    """
-    resource_tracker.ensure_running()  # its start lifts the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(_: int) -> None:
+    workers.end_with_parent()
     torch.set_num_threads(1)

@@ -7,12 +7,25 @@ Legend: T tokens of the pack, S supervised tokens, N samples, I images, C channe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from llavaforge.data.faults import Fault
+from llavaforge.data.index import Row
 from llavaforge.data.plan import MicroBatch
+
+
+class BadSample(NamedTuple):
+    """A sample of a pack that could not be read, and is muted: nothing of it is supervised.
+
+    Its tokens stay, so that every process does the work that was planned for it.
+    """
+
+    number: int
+    num_supervised: int
+    fault: Fault
 
 
 @dataclass
@@ -28,6 +41,7 @@ class Pack:
         targets_S: the token predicted there.
         pixels_ICHW: `uint8` pixels, in the order of their placeholders.
         source: what this pack is part of.
+        bad: faults of its muted samples, with their numbers and the supervised tokens they would have had.
     """
 
     ids_T: torch.Tensor
@@ -38,6 +52,7 @@ class Pack:
     targets_S: torch.Tensor
     pixels_ICHW: torch.Tensor
     source: MicroBatch = field(default_factory=lambda: MicroBatch(0, (), True, 0))
+    bad: tuple[BadSample, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -68,31 +83,40 @@ class Pack:
 
 
 def make_pack(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     pixels: Sequence[np.ndarray],
     image_token_id: int,
     num_image_tokens: int,
     source: MicroBatch | None = None,
+    bad: Sequence[BadSample] = (),
 ) -> Pack:
     """Lay samples end to end.
 
     Args:
-        rows: rows of the index (`ids`, `supervised_spans`, `image`, `where`).
-        pixels: `uint8` (C, H, W), one per row with an image, in the order of the rows.
+        rows: rows of the index.
+        pixels: `uint8` (C, H, W), one per image, in the order of the rows and of the images in each.
         image_token_id: the placeholder's id.
         num_image_tokens: how often it is written out per image.
         source: the micro-batch this is.
+        bad: what of it is muted.
 
     Raises:
-        ValueError: a sample's placeholders do not match its image (our own invariant: the index checked it).
+        ValueError: a sample's placeholders do not match its images (our own invariant: the index checked it).
     """
     samples = [_expand(row, image_token_id, num_image_tokens) for row in rows]
-    num_images = sum(row["image"] is not None for row in rows)
+    num_images = sum(len(row.images) for row in rows)
     if num_images != len(pixels):
-        raise ValueError(f"{len(pixels)} images for {num_images} samples with one")
+        raise ValueError(f"{len(pixels)} images for placeholders of {num_images}")
+    source = source or MicroBatch(0, tuple(range(len(rows))), True, sum(len(places) for _, places in samples))
+    muted = {one.number for one in bad}
     lengths = tuple(len(ids) for ids, _ in samples)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    supervised = np.concatenate([start + places for start, (_, places) in zip(starts, samples, strict=False)])
+    supervised = np.concatenate(
+        [
+            start + (places[:0] if number in muted else places)
+            for start, (_, places), number in zip(starts, samples, source.samples, strict=False)
+        ]
+    )
     ids = np.concatenate([ids for ids, _ in samples])
     return Pack(
         ids_T=torch.from_numpy(ids),
@@ -102,21 +126,22 @@ def make_pack(
         predictors_S=torch.from_numpy(supervised - 1),
         targets_S=torch.from_numpy(ids[supervised]),
         pixels_ICHW=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, dtype=torch.uint8),
-        source=source or MicroBatch(0, tuple(range(len(rows))), True, len(supervised)),
+        source=source,
+        bad=tuple(bad),
     )
 
 
-def _expand(row: dict[str, Any], image_token_id: int, num_image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _expand(row: Row, image_token_id: int, num_image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a sample's ids with image tokens written out, and the places of its supervised tokens."""
-    ids = np.asarray(row["ids"], dtype=np.int64)
+    ids = np.asarray(row.ids, dtype=np.int64)
     is_image = ids == image_token_id
-    if is_image.sum() != (row["image"] is not None):
-        raise ValueError(f"{row['where']}: {is_image.sum()} placeholders, image {row['image']!r}")
+    if is_image.sum() != len(row.images):
+        raise ValueError(f"{row.where}: {is_image.sum()} placeholders for {len(row.images)} images")
     supervised = np.zeros(len(ids), dtype=bool)
-    for start, end in zip(row["supervised_spans"][::2], row["supervised_spans"][1::2], strict=True):
+    for start, end in zip(row.supervised_spans[::2], row.supervised_spans[1::2], strict=True):
         supervised[start:end] = True
     repeats = np.where(is_image, num_image_tokens, 1)
     places = np.flatnonzero(np.repeat(supervised, repeats))
     if len(places) == 0 or places[0] == 0:
-        raise ValueError(f"{row['where']}: supervised tokens must exist and follow a prompt")
+        raise ValueError(f"{row.where}: supervised tokens must exist and follow a prompt")
     return np.repeat(ids, repeats), places

@@ -12,11 +12,11 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from llavaforge.data.mixture import Mixture
 from llavaforge.errors import UserError
 
 
@@ -46,32 +46,30 @@ class Plan:
     """The whole run's order.
 
     Attributes:
-        samples: the numbers (rows of the index) that take part.
+        mixture: which samples an epoch holds, and their order.
         lengths: tokens per row of the index.
         num_supervised: supervised tokens per row of the index.
         costs: work per row of the index, in any unit (`model/flops.py`).
         global_batch_size: samples per step over all ranks.
         num_steps: steps of the run.
-        seed: of the shuffling.
         world_size: number of ranks.
         max_samples: most samples in a micro-batch.
         max_tokens: most tokens in a micro-batch, or None.
     """
 
-    samples: npt.NDArray[np.int64]
+    mixture: Mixture
     lengths: npt.NDArray[np.int64]
     num_supervised: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
     global_batch_size: int
     num_steps: int
-    seed: int
     world_size: int
     max_samples: int
     max_tokens: int | None
 
     def __post_init__(self) -> None:
-        check_world(self.global_batch_size, len(self.samples), self.world_size)
-        longest = int(self.lengths[self.samples].max())
+        check_world(self.global_batch_size, len(self.mixture), self.world_size)
+        longest = int(self.lengths[self.mixture.all_rows].max())
         if self.max_tokens is not None and longest > self.max_tokens:
             raise UserError(
                 f"the longest sample has {longest} tokens, over max_tokens_per_batch {self.max_tokens}: "
@@ -80,10 +78,10 @@ class Plan:
 
     def global_batch(self, step: int) -> npt.NDArray[np.int64]:
         """Return the sample numbers of one step (0-based), over all ranks."""
-        size = len(self.samples)
+        size = len(self.mixture)
         places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         epochs = places // size
-        return np.concatenate([self._epoch(int(e))[places[epochs == e] % size] for e in np.unique(epochs)])
+        return np.concatenate([self.mixture.epoch(int(e))[places[epochs == e] % size] for e in np.unique(epochs)])
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Return the micro-batches of one rank for one step; every rank gets the same number of them."""
@@ -119,9 +117,6 @@ class Plan:
         """Yield all micro-batches of one rank from `start_step` on."""
         for step in range(start_step, self.num_steps):
             yield from self.micro_batches(step, rank)
-
-    def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
-        return self.samples[_permutation(len(self.samples), self.seed, epoch)]
 
     def _fill(self, batch: npt.NDArray[np.int64], num_bins: int) -> list[list[int]] | None:
         """Spread a batch over bins, costliest first into the least busy bin that has room; None when it does not fit.
@@ -227,8 +222,3 @@ def num_steps(num_samples: int, global_batch_size: int, num_train_epochs: float,
     The last step is filled up with the first samples of the next epoch.
     """
     return max_steps or math.ceil(num_samples * num_train_epochs / global_batch_size)
-
-
-@lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(size)

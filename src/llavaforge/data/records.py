@@ -1,183 +1,288 @@
-r"""Raw rows of a LLaVA-style data set: pure parsing, no model, no pixels.
+r"""Raw rows of a data set, in any of the known formats, as records: pure parsing, no model, no pixels, no files.
 
-Comes in: a folder with `chat.json`, or a .json / .jsonl file. Goes out: a list of `Record`. Called by `data/index.py`.
+Comes in: one row, as JSON, Parquet, Arrow or a tar gave it (`data/readers.py`). Goes out: a `Record`. Called by
+`data/prepare.py`.
 
-One row, as in LLaVA-CC3M-Pretrain-595K:
+LLaVA and ShareGPT (`from`/`value`, `<image>` in the text):
 
     {"id": "GCC_train_002582585", "image": "GCC_train_002582585.jpg",
      "conversations": [{"from": "human", "value": "Describe the image.\n<image>"},
                        {"from": "gpt", "value": "olive oil is a healthy ingredient used liberally ."}]}
+
+Messages, as OpenAI writes them (a content part per image, or `<image>` in a text and a list `images`):
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}]},
+                  {"role": "assistant", "content": "A cat."}]}
+
+Captions (an image and a text, as WebDataset and caption collections have them):
+
+    {"image": "a.jpg", "caption": "a cat"}
 """
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from llavaforge.errors import UserError
+from llavaforge.data.faults import RecordError
 
+Role = Literal["system", "user", "assistant"]
 IMAGE_PLACEHOLDER = "<image>"
-ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+LITERAL_PLACEHOLDER = "< image>"  # what a text holds in place of an `<image>` that stands for itself
+ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "assistant": "assistant",
     "system": "system",
 }
-_DATA_FILES = ("chat.json", "chat.jsonl")
-_MOST_FAULTS_SHOWN = 10
+# A caption has no question. This one is of the list in LLaVA's paper (Liu et al., 2023, table 11).
+CAPTION_PROMPT = "Provide a brief description of the given image."
+
+_IMAGE_KEYS = ("images", "image", "jpg", "jpeg", "png", "webp")
+_CAPTION_KEYS = ("caption", "text", "txt")
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Turn:
+class ImageRef(NamedTuple):
+    """Where an image is.
+
+    Attributes:
+        name: file name below the image root, or how messages call it.
+        container: number of the container (`data/image_store.py`), or -1 when only the name is known.
+        offset: first byte in a zip or tar; number of the row in Parquet and Arrow.
+        size: bytes in a zip or tar; number of the image within the row in Parquet and Arrow.
+        crc: CRC-32 that a zip gives for the contents, or -1.
+    """
+
+    name: str
+    container: int = -1
+    offset: int = 0
+    size: int = 0
+    crc: int = -1
+
+
+class Turn(NamedTuple):
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     text: str
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row: its place in the file (`where`), its image if any, and its turns, user first."""
+    """One row.
 
-    where: str
+    Attributes:
+        id: its own id, or an empty text.
+        images: in the order of their placeholders.
+        turns: user first, after a system turn if any.
+        num_literals: `<image>` in texts that stand for themselves and were escaped.
+    """
+
     id: str
-    image: str | None
+    images: tuple[ImageRef, ...]
     turns: tuple[Turn, ...]
+    num_literals: int = 0
 
 
-class RecordError(ValueError):
-    """A fault of one record; collected by `read_records` and by `data/index.py`."""
-
-
-def find_data_file(data_path: Path) -> Path:
-    """Return the JSON or JSONL file that `data_path` stands for.
-
-    Raises:
-        UserError: nothing usable is there.
-    """
-    if data_path.is_file():
-        return data_path
-    for name in _DATA_FILES:
-        if (data_path / name).is_file():
-            return data_path / name
-    if data_path.is_dir():
-        raise UserError(
-            f"{data_path}: no chat.json in this folder. "
-            "Name the .json or .jsonl file itself, or take the layout of LLaVA-CC3M-Pretrain-595K: chat.json, images/."
-        )
-    raise UserError(f"{data_path}: no such file or folder (data_path).")
-
-
-def read_records(data_file: Path) -> list[Record]:
-    """Read and check every row.
-
-    Raises:
-        UserError: malformed JSON, or faulty rows (all are counted, the first ones shown, each with file, row and
-        remedy).
-    """
-    records: list[Record] = []
-    faults: list[str] = []
-    for where, row in _rows(data_file):
-        try:
-            records.append(parse_record(row, where))
-        except RecordError as error:
-            faults.append(str(error))
-    raise_faults(faults, len(records) + len(faults), data_file)
-    if not records:
-        raise UserError(f"{data_file}: no rows. A data set needs at least one record with `conversations`.")
-    return records
-
-
-def raise_faults(faults: list[str], num_records: int, data_file: Path) -> None:
-    """Raise one UserError for all faulty records, if there are any."""
-    if not faults:
-        return
-    shown = "\n".join(f"  {fault}" for fault in faults[:_MOST_FAULTS_SHOWN])
-    more = f"\n  ... and {len(faults) - _MOST_FAULTS_SHOWN} more" if len(faults) > _MOST_FAULTS_SHOWN else ""
-    raise UserError(f"{data_file}: {len(faults)} of {num_records} records are faulty:\n{shown}{more}")
-
-
-def parse_record(row: Any, where: str) -> Record:
+def parse_record(row: Any, format_: str = "auto") -> Record:
     """Turn one raw row into a `Record`.
 
     Args:
-        row: what JSON gave.
-        where: file and row, for messages.
+        row: what the reader gave.
+        format_: a key of `FORMATS`, or `auto`.
 
     Raises:
-        RecordError: names the place, the fault, what is allowed.
+        RecordError: says the fault and what is allowed.
     """
     if not isinstance(row, dict):
-        raise RecordError(f"{where}: a row is an object with `conversations`, found {type(row).__name__}.")
-    name = str(row.get("id", ""))
-    where = f"{where} (id {name!r})" if name else where
-    image = row.get("image")
-    if image is not None and not isinstance(image, str):
-        raise RecordError(f"{where}: `image` is one file name, found {image!r}. One image per record is supported.")
+        raise RecordError("malformed_row", f"a row is an object with `conversations`, found {type(row).__name__}.")
+    name = id_of(row)
+    parse = FORMATS[detect_format(row) if format_ == "auto" else format_]
+    images, turns, num_literals = parse(row)
+    turns = tuple(Turn(turn.role, turn.text.strip()) for turn in turns)
+    _check_order(turns)
+    _check_placeholders(turns, images)
+    num_literals += sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role != "user")
+    return Record(id=name, images=tuple(images), turns=turns, num_literals=num_literals)
+
+
+def id_of(row: Any) -> str:
+    """Return a row's own id, or an empty text."""
+    value = row.get("id", row.get("__key__")) if isinstance(row, dict) else None
+    return "" if value is None or isinstance(value, (dict, list)) else str(value)
+
+
+def detect_format(row: dict[str, Any]) -> str:
+    """Return the format that a row's fields tell.
+
+    Raises:
+        RecordError: they tell none.
+    """
+    if row.get("conversations") is not None:
+        return "llava"
+    if row.get("messages") is not None:
+        return "messages"
+    if any(row.get(key) is not None for key in _CAPTION_KEYS):
+        return "caption"
+    raise RecordError(
+        "malformed_row",
+        f"a row needs `conversations`, `messages` or `caption`, found the fields {sorted(map(str, row))}.",
+    )
+
+
+_Parsed = tuple[list[ImageRef], Sequence[Turn], int]
+
+
+def _parse_llava(row: dict[str, Any]) -> _Parsed:
     conversations = row.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise RecordError(f"{where}: `conversations` must be a non-empty list of {{from, value}}.")
-    turns = tuple(_parse_turn(turn, where) for turn in conversations)
-    _check_turns(turns, image, where)
-    return Record(where=where, id=name, image=image, turns=turns)
+        raise RecordError("malformed_row", "`conversations` must be a non-empty list of {from, value}.")
+    turns = [_parse_turn(turn) for turn in conversations]
+    system = row.get("system")  # ShareGPT keeps it beside the conversation
+    if isinstance(system, str) and system.strip():
+        turns.insert(0, Turn("system", system))
+    return _images_of(row), turns, 0
 
 
-def _parse_turn(turn: Any, where: str) -> Turn:
-    if not isinstance(turn, dict) or "from" not in turn or not isinstance(turn.get("value"), str):
-        raise RecordError(f"{where}: each turn is an object with `from` and a text `value`, found {turn!r:.80}.")
-    if turn["from"] not in ROLES:
-        raise RecordError(f"{where}: unknown role {turn['from']!r}. Allowed: {', '.join(ROLES)}.")
-    return Turn(ROLES[turn["from"]], turn["value"].strip())
-
-
-def _check_turns(turns: tuple[Turn, ...], image: str | None, where: str) -> None:
-    spoken = [turn for turn in turns if turn.role != "system"]
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise RecordError(f"{where}: a system turn may only come first.")
-    expected = ["user", "assistant"] * (len(spoken) // 2)
-    if not spoken or [turn.role for turn in spoken] != expected:
+def _parse_turn(turn: Any) -> Turn:
+    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+    if role is None or not isinstance(text, str):
         raise RecordError(
-            f"{where}: turns must alternate human, gpt and end with gpt, found {[turn.role for turn in spoken]}."
+            "malformed_row", f"each turn is an object with `from` and a text `value`, found {turn!r:.80}."
         )
+    return Turn(_role(role), text)
+
+
+def _parse_messages(row: dict[str, Any]) -> _Parsed:
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RecordError("malformed_row", "`messages` must be a non-empty list of {role, content}.")
+    beside, num_literals = _images_of(row), 0
+    images: list[ImageRef] = []
+    turns: list[Turn] = []
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message:
+            raise RecordError("malformed_row", f"each message has `role` and `content`, found {message!r:.80}.")
+        role, content = _role(message["role"]), message.get("content")
+        if isinstance(content, str):
+            turns.append(Turn(role, content))
+            if role == "user":
+                num = content.count(IMAGE_PLACEHOLDER)
+                images, beside = images + beside[:num], beside[num:]
+        elif isinstance(content, list):
+            text, mine, beside, literals = _join_parts(content, role, beside)
+            turns.append(Turn(role, text))
+            images, num_literals = images + mine, num_literals + literals
+        else:
+            raise RecordError("malformed_row", f"`content` is a text or a list of parts, found {content!r:.80}.")
+    return images + beside, turns, num_literals
+
+
+def _join_parts(
+    parts: list[Any], role: Role, beside: list[ImageRef]
+) -> tuple[str, list[ImageRef], list[ImageRef], int]:
+    """Write content parts as one text, a line each.
+
+    Returns:
+        The text, its images, what is left of `beside`, and the number of literal placeholders that were escaped.
+    """
+    lines: list[str] = []
+    images: list[ImageRef] = []
+    num_literals = 0
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            num_literals += part["text"].count(IMAGE_PLACEHOLDER)
+            lines.append(part["text"].replace(IMAGE_PLACEHOLDER, LITERAL_PLACEHOLDER).strip("\n"))
+        elif kind in ("image", "image_url") and role == "user":
+            lines.append(IMAGE_PLACEHOLDER)
+            value = part.get(kind) if part.get(kind) is not None else part.get("path", part.get("url"))
+            if value is None:  # the parts only mark the places of `images`
+                if not beside:
+                    raise RecordError("image_count", "an image part names no image and `images` holds no more.")
+                value, beside = beside[0], beside[1:]
+            images.append(_image(value.get("url") if kind == "image_url" and isinstance(value, dict) else value))
+        else:
+            raise RecordError(
+                "malformed_row",
+                f"a content part is a text, or an image of a user, found {part!r:.80} of {role}.",
+            )
+    return "\n".join(lines), images, beside, num_literals
+
+
+def _parse_caption(row: dict[str, Any]) -> _Parsed:
+    caption = next((row[key] for key in _CAPTION_KEYS if row.get(key) is not None), None)
+    if not isinstance(caption, str):
+        raise RecordError("malformed_row", f"`caption` must be a text, found {caption!r:.80}.")
+    images = _images_of(row)
+    if len(images) != 1:
+        raise RecordError("image_count", f"a caption belongs to one image, found {len(images)}.")
+    return images, [Turn("user", f"{IMAGE_PLACEHOLDER}\n{CAPTION_PROMPT}"), Turn("assistant", caption)], 0
+
+
+FORMATS: dict[str, Callable[[dict[str, Any]], _Parsed]] = {
+    "llava": _parse_llava,
+    "sharegpt": _parse_llava,
+    "messages": _parse_messages,
+    "caption": _parse_caption,
+}
+
+
+def _images_of(row: dict[str, Any]) -> list[ImageRef]:
+    key = next((key for key in _IMAGE_KEYS if row.get(key) is not None), None)
+    if key is None:
+        return []
+    value = row[key]
+    values = value if isinstance(value, list) else [value]
+    return [_image(item) for item in values]
+
+
+def _image(value: Any) -> ImageRef:
+    if isinstance(value, ImageRef):
+        return value
+    if not isinstance(value, str) or not value.strip():
+        raise RecordError("malformed_row", f"an image is a file name, found {value!r:.80}.")
+    if value.lower().startswith("file://"):
+        value = value[len("file://") :]
+    if _URL.match(value):
+        raise RecordError("remote_image", f"image {value!r:.80} is not a file. Download it and name the file.")
+    return ImageRef(value)
+
+
+def _role(value: Any) -> Role:
+    if not isinstance(value, str) or value not in ROLES:
+        raise RecordError("unknown_role", f"unknown role {value!r:.80}. Allowed: {', '.join(ROLES)}.")
+    return ROLES[value]
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    spoken = [turn.role for turn in turns if turn.role != "system"]
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise RecordError("turn_order", "a system turn may only come first.")
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise RecordError("turn_order", f"turns must alternate human, gpt and end with gpt, found {spoken}.")
     for number, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.text:
-            raise RecordError(f"{where}: the answer in turn {number} is empty. Give it a text or remove the row.")
+            raise RecordError(
+                "empty_answer", f"the answer in turn {number} is empty. Give it a text or remove the row."
+            )
+
+
+def _check_placeholders(turns: Sequence[Turn], images: Sequence[ImageRef]) -> None:
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    if image is None and placeholders:
-        raise RecordError(
-            f"{where}: {placeholders} `<image>` but no `image`. Add the image's file name or remove the placeholder."
-        )
-    if image is not None and placeholders != 1:
-        raise RecordError(
-            f"{where}: image {image!r} needs exactly one `<image>` in the human's text, found {placeholders}."
-        )
-
-
-def _rows(data_file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = data_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{data_file}: not UTF-8 text ({error}). Save the file as UTF-8.") from None
-    if data_file.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield f"{data_file.name}:{number}", _parse_json(line, data_file, number)
+    if placeholders == len(images):
         return
-    rows = _parse_json(text, data_file)
-    if not isinstance(rows, list):
-        raise UserError(f"{data_file}: expected a JSON list of rows, found {type(rows).__name__}.")
-    for number, row in enumerate(rows):
-        yield f"{data_file.name} row {number}", row
-
-
-def _parse_json(text: str, data_file: Path, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = line or error.lineno
-        raise UserError(
-            f"{data_file}:{place}:{error.colno}: malformed JSON: {error.msg}. "
-            "Mend that place (a cut-off download ends in the middle of a row)."
-        ) from None
+    if not images:
+        raise RecordError(
+            "image_count",
+            f"{placeholders} `<image>` but no `image`. Add the image's file name or remove the placeholder.",
+        )
+    names = ", ".join(repr(image.name) for image in images[:3])
+    raise RecordError(
+        "image_count",
+        f"{len(images)} image(s) ({names}) need exactly one `<image>` each in the human's text, found {placeholders}.",
+    )

@@ -7,14 +7,16 @@ out when the pack is made) and the spans of ids that the loss sees. Called by `d
     supervised_spans  [25, 30]       # "A red square.<|im_end|>": the answer and its end token, nothing else
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from llavaforge.data.records import Record, RecordError
+from llavaforge.data.faults import RecordError
+from llavaforge.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from llavaforge.data.template import ChatTemplate, Piece
 
 IGNORE_INDEX = -100
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Sample:
         length: number of tokens once the image tokens are written out.
         num_turns_dropped: turns left out to fit `max_length`.
         num_tokens_cut: text tokens cut from the last answer to fit `max_length`.
+        num_images: placeholders among the ids.
     """
 
     ids: list[int]
@@ -34,6 +37,7 @@ class Sample:
     length: int
     num_turns_dropped: int = 0
     num_tokens_cut: int = 0
+    num_images: int = 0
 
     @property
     def num_supervised(self) -> int:
@@ -70,47 +74,96 @@ class SampleBuilder:
         """Build one sample.
 
         Raises:
-            RecordError: labels cannot be proved, the placeholder is lost, or nothing supervised fits `max_length`.
+            RecordError: labels cannot be proved, a placeholder is lost, or nothing supervised fits `max_length`.
         """
-        turns = record.turns
-        pieces = self.chat.pieces(turns, record.where)
-        sample = self._encode(pieces, record)
-        while sample.length > self.max_length and sum(turn.role == "assistant" for turn in turns) > 1:
-            turns = turns[:-2]
-            sample = self._encode(self.chat.pieces(turns, record.where), record)
-        if sample.length > self.max_length:
-            sample = self._cut(sample, record)
-        dropped = len(record.turns) - len(turns)
-        return Sample(sample.ids, sample.supervised_spans, sample.length, dropped, sample.num_tokens_cut)
-
-    def _encode(self, pieces: Sequence[Piece], record: Record) -> Sample:
-        text = "".join(piece.text for piece in pieces)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = encoding.input_ids
-        spans = _token_spans(text, encoding.offset_mapping, _character_spans(pieces), record.where)
-        num_images = ids.count(self.image_token_id)
-        if num_images != (record.image is not None):
-            raise RecordError(
-                f"{record.where}: {num_images} image tokens after tokenising, not {int(record.image is not None)}. "
-                "The chat template or tokenizer does not keep `<image>`: write the model with customize-model."
-            )
-        sample = Sample(ids, spans, len(ids) + num_images * (self.num_image_tokens - 1))
-        if not sample.num_supervised:
-            raise RecordError(f"{record.where}: no supervised tokens, so there is nothing to learn from this record.")
+        (sample,) = self.build_all([record])
+        if isinstance(sample, RecordError):
+            raise sample
         return sample
 
-    def _cut(self, sample: Sample, record: Record) -> Sample:
+    def build_all(self, records: Sequence[Record]) -> list[Sample | RecordError]:
+        """Build many samples, tokenised as one batch (quicker than one by one); a fault takes its sample's place."""
+        pieces = [_tried(self.chat.pieces, record.turns) for record in records]
+        texts = ["" if isinstance(found, RecordError) else _text(found) for found in pieces]
+        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [
+            found if isinstance(found, RecordError) else _tried(self._fitted, record, found, text, encoding)
+            for record, found, text, encoding in zip(records, pieces, texts, encodings, strict=True)
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that the ids depend on, besides the record."""
+        return {
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "template": self.chat.template,
+            "style": self.chat.style,
+            "system_prompt": self.chat.system_prompt,
+            "eos_token": self.tokenizer.eos_token,
+            "image": [self.image_token_id, self.num_image_tokens],
+            "max_length": self.max_length,
+        }
+
+    def _fitted(self, record: Record, pieces: list[Piece], text: str, encoding: Any) -> Sample:
+        turns = record.turns
+        sample = self._sample(pieces, text, encoding, len(record.images))
+        while sample.length > self.max_length and sum(turn.role == "assistant" for turn in turns) > 1:
+            turns = turns[:-2]
+            sample = self._encode(turns)
+        if sample.length > self.max_length:
+            sample = self._cut(sample)
+        dropped = len(record.turns) - len(turns)
+        return replace(sample, num_turns_dropped=dropped)
+
+    def _encode(self, turns: Sequence[Turn]) -> Sample:
+        pieces = self.chat.pieces(turns)
+        text = _text(pieces)
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+        return self._sample(pieces, text, encoding, num_images)
+
+    def _sample(self, pieces: list[Piece], text: str, encoding: Any, num_images: int) -> Sample:
+        ids: list[int] = encoding.ids
+        spans = _token_spans(text, encoding.offsets, _character_spans(pieces))
+        if ids.count(self.image_token_id) != num_images:
+            raise RecordError(
+                "image_count",
+                f"{ids.count(self.image_token_id)} image tokens after tokenising, not {num_images}. "
+                "The chat template or tokenizer does not keep `<image>`: write the model with customize-model.",
+            )
+        length = len(ids) + num_images * (self.num_image_tokens - 1)
+        sample = Sample(ids, spans, length, num_images=num_images)
+        if not sample.num_supervised:
+            raise RecordError(
+                "no_supervised_tokens", "no supervised tokens, so there is nothing to learn from this record."
+            )
+        return sample
+
+    def _cut(self, sample: Sample) -> Sample:
         """Cut text from the end of the only answer; image tokens and the question stay whole."""
         excess = sample.length - self.max_length
         kept = len(sample.ids) - excess
         start = sample.supervised_spans[0]
         if kept <= start or self.image_token_id in sample.ids[kept:]:
             raise RecordError(
-                f"{record.where}: {sample.length} tokens, and without its answer still over max_length "
-                f"{self.max_length}. Raise max_length or remove the record."
+                "too_long",
+                f"{sample.length} tokens, and without its answer still over max_length "
+                f"{self.max_length}. Raise max_length or remove the record.",
             )
         end = min(sample.supervised_spans[1], kept)
-        return Sample(sample.ids[:kept], [start, end], self.max_length, num_tokens_cut=excess)
+        return replace(
+            sample, ids=sample.ids[:kept], supervised_spans=[start, end], length=self.max_length, num_tokens_cut=excess
+        )
+
+
+def _tried(act: Callable[..., T], *arguments: Any) -> T | RecordError:
+    try:
+        return act(*arguments)
+    except RecordError as error:
+        return error
+
+
+def _text(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
 
 
 def _character_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
@@ -121,9 +174,7 @@ def _character_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
         position += len(piece.text)
 
 
-def _token_spans(
-    text: str, offsets: Sequence[tuple[int, int]], spans: Iterator[tuple[int, int]], where: str
-) -> list[int]:
+def _token_spans(text: str, offsets: Sequence[tuple[int, int]], spans: Iterator[tuple[int, int]]) -> list[int]:
     """Turn character spans into token spans, and prove that no token has one foot in each."""
     flat: list[int] = []
     token = 0
@@ -139,9 +190,10 @@ def _token_spans(
         late = text[end : offsets[token - 1][1]] if first < token else ""
         if early.strip() or late.strip():
             raise RecordError(
-                f"{where}: a token spans the border between prompt and answer ({early + late!r}), so labels cannot be "
-                "exact. Give a chat template that ends the prompt with white space or a special token "
-                "(customize-model --chat_template)."
+                "unprovable_labels",
+                f"a token spans the border between prompt and answer ({early + late!r}), so labels cannot be exact. "
+                "Give a chat template that ends the prompt with white space or a special token "
+                "(customize-model --chat_template).",
             )
         flat += [first, token]
     return flat

@@ -5,8 +5,11 @@ data, plan the order, claim the folder, go on from a checkpoint, show and prove 
 model
 """
 
+import hashlib
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from llavaforge import __version__
 from llavaforge.checkpoint import resume
 from llavaforge.checkpoint.publish import faults, fingerprint
 from llavaforge.checkpoint.state import load_run
-from llavaforge.config.schema import TrainConfig
-from llavaforge.data.index import SampleIndex, open_index
+from llavaforge.config.schema import DataEntry, TrainConfig
+from llavaforge.data.faults import Fault
+from llavaforge.data.index import SampleIndex, open_index, refuse, refuse_missing
+from llavaforge.data.mixture import Mixture, Rows, mix, split_held_out, without_quarantined
 from llavaforge.data.plan import Plan, check_world, num_steps
 from llavaforge.engine import zero_config
 from llavaforge.engine.launch import num_processes, open_engine
@@ -32,6 +37,7 @@ from llavaforge.model.load import LoadedModel, compute_dtype, load_model
 from llavaforge.model.trainable import LEARNS, learning_rate, lora_options, select
 from llavaforge.model_folder.read import read_config
 from llavaforge.train import finish, stages
+from llavaforge.train.bad_samples import BadSamples, accept
 from llavaforge.train.signals import StopRequest
 from llavaforge.train.trainer import HeldOut, Trainer
 
@@ -39,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 # Fields that change how a run is carried out but not what comes of it; all others identify the run.
 _NOT_IDENTITY = frozenset(
-    """output_dir cache_dir image_folder model_name_or_path projector_from data_path eval_data_path eval_steps
+    """output_dir cache_dir image_folder model_name_or_path projector_from data_path data eval_data_path eval_steps
+    quarantine on_bad_sample max_bad_samples
     global_batch_size per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps
     gradient_checkpointing deepspeed stuck_timeout_s dataloader_num_workers save_steps save_total_limit
     logging_steps report_to resume_from_checkpoint stages""".split()
@@ -84,16 +91,21 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
     groups = world.together(lambda: select(loaded.model, config))
     flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     world.at("opening the data")
-    index, train_rows, held_out = world.first_on_host(lambda: _open_data(config, loaded))
-    plan = world.together(lambda: _plan(config, index, train_rows, flops, world))
-    run = _describe(config, loaded, index, plan)
+    data = world.first_on_host(lambda: _open_data(config, loaded))
+    if len(config.entries) > 1:
+        console.print(data.mixture.table(config.entries, data.index.num_supervised))
+    plan = world.together(lambda: _plan(config, data, flops, world))
+    run = _describe(config, loaded, data, plan)
     with resume.claimed(config.output_dir, run, world):
         final = config.output_dir / stages.FINAL
         if world.from_writer(final.is_dir() and not faults(final) if world.is_writer else False):
             logger.info("%s is finished already: skipped", config.output_dir)
             return dict(load_run(final)["result"])
         engine = open_engine(world, settings)
-        trainer = Trainer(config, engine, loaded, groups, flops, index, plan, held_out, run, console)
+        bad_samples = BadSamples(config.output_dir, data.left_out, config.max_bad_samples, world.is_writer)
+        trainer = Trainer(
+            config, engine, loaded, groups, flops, data.index, plan, data.held_out, bad_samples, run, console
+        )
         trainer.take_up()
         with stop.postponed():
             result = trainer.train(stop)
@@ -151,54 +163,59 @@ def _load(config: TrainConfig) -> LoadedModel:
     return loaded
 
 
-def _open_data(
-    config: TrainConfig, loaded: LoadedModel
-) -> tuple[SampleIndex, np.ndarray[Any, np.dtype[np.int64]], HeldOut | None]:
-    """Return the training index, the rows of it to train on, and the held-out data if any."""
+@dataclass(frozen=True)
+class _Data:
+    """The training samples, what of them an epoch holds, what is held out, and the records that are left out."""
 
-    def opened(path: Path) -> SampleIndex:
-        return open_index(path, loaded.processor, loaded.num_image_tokens, config)
+    index: SampleIndex
+    mixture: Mixture
+    held_out: HeldOut | None
+    left_out: list[Fault]
 
-    index = opened(config.data_path)
+
+def _open_data(config: TrainConfig, loaded: LoadedModel) -> _Data:
+    def opened(entries: Sequence[DataEntry], quarantine: Path | None) -> tuple[SampleIndex, list[Rows], list[Fault]]:
+        index = open_index(entries, loaded.processor, loaded.num_image_tokens, config)
+        rows, faults = without_quarantined(index, quarantine)
+        for part, mine in zip(index.parts, faults, strict=True):
+            if config.on_bad_sample == "stop":
+                refuse(mine, len(part) + len(part.faults), part.source.name)
+                refuse_missing(part)
+        left_out = [fault for mine in faults for fault in mine]
+        accept(" and ".join(part.source.name for part in index.parts), left_out, config.max_bad_samples)
+        return index, rows, left_out
+
+    index, rows, left_out = opened(config.entries, config.quarantine)
     if not index.num_images.any():
         raise UserError(
-            f"{config.data_path}: no record has an image, so the projector would learn nothing. Add image-text data."
+            f"{index.parts[0].source.name}: no record has an image, so the projector would learn nothing. "
+            "Add image-text data."
         )
-    rows = np.arange(len(index))
+    held_out = None
     if config.eval_data_path is not None:
-        other = opened(config.eval_data_path)
-        return index, rows, HeldOut(other, np.arange(len(other)))
-    if not config.eval_holdout:
-        return index, rows, None
-    if config.eval_holdout >= len(index):
-        raise UserError(
-            f"eval_holdout {config.eval_holdout} leaves nothing of {len(index)} records to train on. Give less."
-        )
-    shuffled = np.random.default_rng(config.seed).permutation(len(index))
-    held_out, rows = np.sort(shuffled[: config.eval_holdout]), np.sort(shuffled[config.eval_holdout :])
-    return index, rows, HeldOut(index, held_out)
+        other, other_rows, more = opened([DataEntry(path=config.eval_data_path)], None)
+        held_out, left_out = HeldOut(other, np.concatenate(other_rows)), left_out + more
+    elif config.validation_split:
+        train, kept = split_held_out(index, np.concatenate(rows), config.validation_split, config.seed)
+        rows = [np.intersect1d(mine, train, assume_unique=True) for mine in rows]
+        held_out = HeldOut(index, kept)
+    return _Data(index, mix(config.entries, rows, config.seed), held_out, left_out)
 
 
-def _plan(
-    config: TrainConfig,
-    index: SampleIndex,
-    rows: np.ndarray[Any, np.dtype[np.int64]],
-    flops: FlopCounter,
-    world: World,
-) -> Plan:
+def _plan(config: TrainConfig, data: _Data, flops: FlopCounter, world: World) -> Plan:
+    index, num_samples = data.index, len(data.mixture)
     per_step = config.max_samples_per_batch * (config.gradient_accumulation_steps or 1) * world.size
     global_batch_size = _frozen_batch_size(config) or config.global_batch_size or per_step
-    check_world(global_batch_size, len(rows), world.size)
-    if global_batch_size > len(rows) and world.is_writer:
-        logger.warning("a global batch of %d is more than all %d records: some repeat", global_batch_size, len(rows))
+    check_world(global_batch_size, num_samples, world.size)
+    if global_batch_size > num_samples and world.is_writer:
+        logger.warning("a global batch of %d is more than all %d records: some repeat", global_batch_size, num_samples)
     plan = Plan(
-        samples=rows,
+        mixture=data.mixture,
         lengths=index.lengths,
         num_supervised=index.num_supervised,
         costs=flops.of_samples(index.lengths, index.num_images, index.num_supervised),
         global_batch_size=global_batch_size,
-        num_steps=num_steps(len(rows), global_batch_size, config.num_train_epochs, config.max_steps),
-        seed=config.seed,
+        num_steps=num_steps(num_samples, global_batch_size, config.num_train_epochs, config.max_steps),
         world_size=world.size,
         max_samples=config.max_samples_per_batch,
         max_tokens=config.max_tokens_per_batch,
@@ -222,14 +239,14 @@ def _frozen_batch_size(config: TrainConfig) -> int | None:
     return int(begun["identity"]["global_batch_size"])
 
 
-def _describe(config: TrainConfig, loaded: LoadedModel, index: SampleIndex, plan: Plan) -> dict[str, Any]:
+def _describe(config: TrainConfig, loaded: LoadedModel, data: _Data, plan: Plan) -> dict[str, Any]:
     """Return what identifies the run, and what a reader of its folders needs."""
     values = config.model_dump(mode="json")
     identity = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
     identity |= {
         "base_model": fingerprint(loaded.path),
         "projector": _checksum_of_projector(loaded) if config.projector_from else None,
-        "data": index.fingerprint,
+        "data": [data.index.fingerprint, *data.mixture.draws, _checksum(data.mixture.rows)],
         "global_batch_size": plan.global_batch_size,
     }
     return {
@@ -239,6 +256,11 @@ def _describe(config: TrainConfig, loaded: LoadedModel, index: SampleIndex, plan
         "identity": identity,
         "config": values,
     }
+
+
+def _checksum(rows: Sequence[Rows]) -> str:
+    """Identify which rows take part (quarantine, held-out records)."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(mine).tobytes() for mine in rows)).hexdigest()[:16]
 
 
 def _checksum_of_projector(loaded: LoadedModel) -> float:

@@ -5,6 +5,7 @@ Comes in: a `TrainConfig` with stages. Goes out: one `TrainConfig` per stage, in
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from llavaforge.checkpoint.trained import merge, read_trained
 from llavaforge.config.load import build
@@ -37,9 +38,15 @@ def expand(config: TrainConfig) -> list[TrainConfig]:
         overrides = {key: value for key, value in stage.items() if key != "name"}
         if stages:
             overrides.setdefault("model_name_or_path", str(result_of(stages[-1])))
-        values = {**shared, "output_dir": config.output_dir / name, **overrides}
+        theirs = {key: value for key, value in shared.items() if not _replaces(overrides, key)}
+        values = {**theirs, "output_dir": config.output_dir / name, **overrides}
         stages.append(build(TrainConfig, values, f"stages[{number}] ({name})"))
     return stages
+
+
+def _replaces(overrides: dict[str, Any], key: str) -> bool:
+    """Say whether a stage gives its data in the other of the two ways."""
+    return (key == "data" and "data_path" in overrides) or (key == "data_path" and "data" in overrides)
 
 
 def result_of(config: TrainConfig) -> Path:

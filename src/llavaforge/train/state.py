@@ -1,6 +1,6 @@
 """Where a run stands: the small, exact part of a checkpoint (tensors are in `checkpoint/state.py`)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -19,6 +19,7 @@ class TrainState:
         train_time_s: seconds spent in steps.
         model_flops: model FLOPs done in them.
         eval_loss: newest held-out loss, or None.
+        bad_samples: places of the records that steps left out (`on_bad_sample: skip`).
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class TrainState:
     train_time_s: float = 0.0
     model_flops: float = 0.0
     eval_loss: float | None = None
+    bad_samples: list[str] = field(default_factory=list)
 
     @property
     def train_loss(self) -> float:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from rich.console import Console
 from llavaforge.checkpoint import state as checkpoints
 from llavaforge.checkpoint.resume import find_checkpoint
 from llavaforge.config.schema import TrainConfig
+from llavaforge.data.faults import Fault
 from llavaforge.data.index import SampleIndex
 from llavaforge.data.loader import PackDataset, loading
 from llavaforge.data.pack import Pack
@@ -31,6 +32,7 @@ from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import LEARNS, Group, learning_rate
+from llavaforge.train.bad_samples import BadSamples
 from llavaforge.train.contract import STEPS_BEFORE_PROOF, Contract, show_groups, show_sample
 from llavaforge.train.metrics import MetricsFile, ProgressBar, draw_curve, peak_flops
 from llavaforge.train.schedule import rate_factor, warmup
@@ -63,6 +65,7 @@ class Trainer:
         index: training samples.
         plan: their order.
         held_out: what the held-out loss is measured on, or None.
+        bad_samples: what is left out.
         run: written into every checkpoint.
         console: for tables (quiet on all processes but the writer).
     """
@@ -77,12 +80,14 @@ class Trainer:
         index: SampleIndex,
         plan: Plan,
         held_out: HeldOut | None,
+        bad_samples: BadSamples,
         run: dict[str, Any],
         console: Console,
     ) -> None:
         self._config, self._engine, self._world = config, engine, engine.world
         self._loaded, self._groups, self._flops, self._index = loaded, groups, flops, index
         self._plan, self._held_out, self._run, self._console = plan, held_out, run, console
+        self._bad_samples = bad_samples
         self._state = TrainState()
         self._dtype = compute_dtype(config.bf16)
         self._warmup = warmup(plan.num_steps, config.warmup_ratio, config.warmup_steps)
@@ -104,6 +109,7 @@ class Trainer:
             applied = self._state.step - self._state.num_skipped
             self._engine.restore(checkpoints.ParameterStates(folder), applied)
             logger.info("going on from %s", folder)
+        self._bad_samples.take_up(self._state.step, self._state.bad_samples)
         show_groups(self._groups, num_parameters, self._console)
         self._show_first_sample()
         self._contract = Contract(model, self._groups, self._engine)
@@ -132,7 +138,7 @@ class Trainer:
                 self._at("reading images")
                 step_packs, fault = self._fetch(packs)
                 self._agree(fault, stop)
-                line = self._step(step_packs)
+                line = self._step(step_packs, self._leave_out(step_packs))
                 line |= self._measure(step_packs, time.perf_counter() - begin, line["loss"], peak)
                 if self._held_out is not None and (self._is_due(config.eval_steps) or self._is_last()):
                     line["eval_loss"] = self._state.eval_loss = self._evaluate()
@@ -145,13 +151,13 @@ class Trainer:
                     self._save()
         if self._state.num_moving_steps < self._prove_at:
             logger.warning("contract not proved: that takes %d steps with a learning rate above 0", STEPS_BEFORE_PROOF)
+        self._bad_samples.tell()
         self._draw()
         return self._result(peak)
 
-    def _step(self, packs: list[Pack]) -> dict[str, Any]:
+    def _step(self, packs: list[Pack], num_supervised: int) -> dict[str, Any]:
         """Do one optimizer step and return its line of metrics; the loss is that of the whole global batch."""
         config, state = self._config, self._state
-        num_supervised = packs[0].source.num_supervised_in_step
         # Dropout differs per step and rank but not between a resumed and an uninterrupted run.
         torch.manual_seed((config.seed << 32) + state.step * self._world.size + self._world.rank)
         loss_sum = 0.0
@@ -174,7 +180,7 @@ class Trainer:
             logger.info("contract proved after step %d: what should learn moved, what is frozen did not", state.step)
         return {
             "step": state.step,
-            "epoch": round(state.num_samples / len(self._plan.samples), 4),
+            "epoch": round(state.num_samples / len(self._plan.mixture), 4),
             "loss": loss_sum / num_supervised,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate(config, LEARNS[config.train_type][-1]) * factor,
@@ -213,17 +219,45 @@ class Trainer:
         """Stop on all processes when one must: save first, so that nothing is lost."""
         self._at("waiting for the other processes to have read their images")
         has_fault, code = self._world.most([float(fault is not None), float(stop.exit_code)])
-        if not has_fault and not code:
-            return
-        step = self._state.step
-        where = self._save() if step else None
-        self._draw()
         if has_fault:
-            done = f"The {step} steps done so far are saved in {where}" if where else "No step was done yet"
-            told = next(text for text in self._world.gather(str(fault) if fault else "") if text)
-            self._world.fail(UserError(f"{told}\n{done}; mend the data and start again."))
-        go_on = f"after step {step}; start again to go on from {where}" if where else "before step 1; start again"
-        self._world.fail(StoppedEarly(f"stopped {go_on}", int(code)))
+            self._stop_for(next(text for text in self._world.gather(str(fault) if fault else "") if text))
+        if code:
+            step, where = self._state.step, self._save_what_is_done()
+            go_on = f"after step {step}; start again to go on from {where}" if where else "before step 1; start again"
+            self._world.fail(StoppedEarly(f"stopped {go_on}", int(code)))
+
+    def _leave_out(self, packs: list[Pack]) -> int:
+        """Count and list the samples of this step that could not be read; return its supervised tokens without them."""
+        planned = packs[0].source.num_supervised_in_step
+        if self._config.on_bad_sample == "stop":
+            return planned
+        bad = [one for pack in packs for one in pack.bad]
+        lost = int(self._world.sum([sum(one.num_supervised for one in bad)])[0])
+        if not lost:
+            return planned
+        self._list(self._state.step + 1, [one.fault for one in bad])
+        if lost == planned:
+            self._stop_for(f"step {self._state.step + 1}: not one of its samples can be read")
+        return planned - lost
+
+    def _list(self, step: int, faults: list[Fault], held_out: bool = False) -> None:
+        everywhere = [fault for share in self._world.gather(faults) for fault in share]
+        try:
+            self._bad_samples.add(step, everywhere, held_out)
+        except UserError as error:
+            self._stop_for(str(error))
+        self._state.bad_samples = self._bad_samples.in_images
+
+    def _stop_for(self, fault: str) -> NoReturn:
+        """Stop on all processes, which all call this, for a fault of the data."""
+        step, where = self._state.step, self._save_what_is_done()
+        done = f"The {step} steps done so far are saved in {where}" if where else "No step was done yet"
+        self._world.fail(UserError(f"{fault}\n{done}; mend the data and start again."))
+
+    def _save_what_is_done(self) -> Path | None:
+        where = self._save() if self._state.step else None
+        self._draw()
+        return where
 
     def _count_skips(self, skipped: bool) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -247,11 +281,15 @@ class Trainer:
         mine = deal_in_order(batches, index.num_supervised, world.rank, world.size)
         loss, count = 0.0, 0
         order = [batch for batch, _ in mine]
+        faults: list[Fault] = []
         with loading(self._dataset(index), order, config.dataloader_num_workers, self._pins()) as packs:
             for (_, counts), pack in zip(mine, packs, strict=True):
                 self._at("held-out loss")
                 pack_loss = self._engine.loss_sum(pack)
                 loss, count = loss + counts * pack_loss, count + counts * pack.num_supervised
+                faults += [one.fault for one in pack.bad]
+        if config.on_bad_sample == "skip":
+            self._list(self._state.step, faults, held_out=True)
         total_loss, total_count = world.sum([loss, count])
         return total_loss / total_count
 
@@ -278,14 +316,17 @@ class Trainer:
 
     def _dataset(self, index: SampleIndex) -> PackDataset:
         loaded = self._loaded
-        return PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens)
+        return PackDataset(
+            index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens,
+            mutes_bad=self._config.on_bad_sample == "skip",
+        )  # fmt: skip
 
     def _pins(self) -> bool:
         return self._world.device.type == "cuda"
 
     def _show_first_sample(self) -> None:
         row = self._index.row(int(self._plan.global_batch(0)[0]))
-        sample = Sample(row["ids"], row["supervised_spans"], row["length"])
+        sample = Sample(row.ids.tolist(), row.supervised_spans.tolist(), row.length)
         show_sample(sample, self._loaded.processor.tokenizer.decode, self._console)
 
     def _result(self, peak: float) -> dict[str, Any]:
@@ -299,4 +340,5 @@ class Trainer:
             "tokens_per_s": state.num_tokens / seconds,
             "mfu": state.model_flops / seconds / peak,
             "peak_memory_bytes": self._engine.peak_memory_bytes(),
+            "num_bad_samples": len(self._bad_samples),
         }

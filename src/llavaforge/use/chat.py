@@ -1,6 +1,7 @@
 """`llavaforge chat`: one answer with `--prompt`, else a session on the terminal."""
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -35,7 +36,7 @@ def chat(config: ChatConfig) -> None:
     _session(answerer, pixels)
 
 
-def _session(answerer: Answerer, pixels: Pixels | None) -> None:
+def _session(answerer: Answerer, pixels: Sequence[Pixels]) -> None:
     """Keep the conversation going until an empty line or the end of the input."""
     turns: list[Turn] = []
     sys.stderr.write("Ask; an empty line ends the session.\n")
@@ -51,23 +52,23 @@ def _session(answerer: Answerer, pixels: Pixels | None) -> None:
         _say(answer)
 
 
-def _first_turn(prompt: str, pixels: Pixels | None) -> Turn:
+def _first_turn(prompt: str, pixels: Sequence[Pixels]) -> Turn:
     """Put the image before the first prompt, where LLaVA's data has it most often, unless the user placed it."""
-    if pixels is None and IMAGE_PLACEHOLDER in prompt:
+    if not pixels and IMAGE_PLACEHOLDER in prompt:
         raise UserError("the prompt has `<image>` but there is no image: give --image FILE.")
     if prompt.count(IMAGE_PLACEHOLDER) > 1:
         raise UserError("the prompt has more than one `<image>`, and --image is one: leave one of them.")
-    if pixels is not None and IMAGE_PLACEHOLDER not in prompt:
+    if pixels and IMAGE_PLACEHOLDER not in prompt:
         prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
     return Turn("user", prompt)
 
 
-def _pixels(loaded: LoadedModel, config: ChatConfig) -> Pixels | None:
+def _pixels(loaded: LoadedModel, config: ChatConfig) -> list[Pixels]:
     if config.image is None:
-        return None
+        return []
     if not config.image.is_file():
         raise UserError(f"{config.image}: no such image (--image).")
-    return loaded.preprocessing(decode(config.image.read_bytes(), str(config.image)))
+    return [loaded.preprocessing(decode(config.image.read_bytes(), str(config.image)))]
 
 
 def _say(answer: str) -> None:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from llavaforge.checkpoint.trained import open_model
-from llavaforge.config.schema import EvaluateConfig
-from llavaforge.data.index import open_index
+from llavaforge.config.schema import DataEntry, EvaluateConfig
+from llavaforge.data.index import open_sound_index
 from llavaforge.data.loader import PackDataset, loading
 from llavaforge.data.pack import Pack
 from llavaforge.data.plan import MicroBatch, in_order
-from llavaforge.data.records import IMAGE_PLACEHOLDER, Record, find_data_file, read_records
+from llavaforge.data.prepare import records_of
+from llavaforge.data.records import IMAGE_PLACEHOLDER, Record
 from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.model.load import compute_dtype
@@ -50,8 +51,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
     cast_parameters(step_module, compute_dtype(config.bf16))
     step_module.to("cuda" if torch.cuda.is_available() else "cpu")
-    index = open_index(config.data_path, loaded.processor, loaded.num_image_tokens, config)
-    records = read_records(find_data_file(config.data_path))[: config.max_samples]
+    entry = DataEntry(path=config.data_path, images=config.image_folder, max_samples=config.max_samples)
+    index = open_sound_index([entry], loaded.processor, loaded.num_image_tokens, config)
+    records = list(records_of(index.parts[0].source))
     dataset = PackDataset(
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )
@@ -121,14 +123,14 @@ def _sample_losses(step_module: StepModule, pack: Pack) -> list[tuple[float, int
 
 def _answers(answerer: Answerer, records: list[Record], pack: Pack) -> list[str]:
     pixels = iter(pack.pixels_ICHW.numpy())
-    return answerer([Question(record.turns[:-1], next(pixels) if record.image else None) for record in records])
+    return answerer([Question(record.turns[:-1], [next(pixels) for _ in record.images]) for record in records])
 
 
 def _line(record: Record, loss: float, num_supervised: int, answer: str | None) -> dict[str, Any]:
     question = record.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
     line = {
         "id": record.id,
-        "image": record.image,
+        "image": record.images[0].name if len(record.images) == 1 else [image.name for image in record.images],
         "question": question,
         "reference": record.turns[-1].text,
         "loss": loss,

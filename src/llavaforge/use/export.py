@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 
 from llavaforge.checkpoint.trained import Trained, merge, open_model, read_trained
-from llavaforge.config.schema import ExportConfig
-from llavaforge.data.images import decode, find_images
-from llavaforge.data.records import find_data_file, read_records
+from llavaforge.config.schema import DataEntry, ExportConfig
+from llavaforge.data.faults import RecordError
+from llavaforge.data.images import decode
+from llavaforge.data.index import cache_dir
+from llavaforge.data.prepare import records_of
+from llavaforge.data.sources import find_source
 from llavaforge.errors import UserError
 from llavaforge.model_folder.read import read_processor
 from llavaforge.model_folder.verify import load_verified
@@ -81,14 +84,14 @@ def _first_image(trained: Trained | None) -> tuple[Image.Image, str] | None:
     if trained is None:
         return None
     options = trained.run["config"]
+    given = {"path": options["data_path"], "images": options["image_folder"]}
+    entry = DataEntry.model_validate(options["data"][0] if options.get("data") else given)
     try:
-        data_file = find_data_file(Path(options["data_path"]))
-        images = find_images(data_file, options["image_folder"] and Path(options["image_folder"]))
-        record = next(record for record in read_records(data_file) if record.image is not None)
-        assert record.image is not None
-        image = decode(images.read(record.image), record.image)
-        return image, record.turns[0].text.replace("<image>", "").strip() or "What is in this image?"
-    except (UserError, StopIteration) as error:
+        source = find_source(entry, cache_dir(options["cache_dir"]))
+        record = next(record for record in records_of(source) if len(record.images) == 1)
+        image = decode(source.images.read(record.images[0]), source.images.name(record.images[0]))
+        return image, record.turns[-2].text.replace("<image>", "").strip() or "What is in this image?"
+    except (UserError, RecordError, StopIteration) as error:
         logger.warning("verifying on a generated image, the training data is not at hand: %s", error)
         return None
 

@@ -23,10 +23,10 @@ from llavaforge.model.tower import normalize
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: the turns up to the answer (the last one is the user's) and the image's pixels, if any."""
+    """What is asked: the turns up to the answer (the last one is the user's) and the pixels of their images."""
 
     turns: tuple[Turn, ...]
-    pixels: Pixels | None
+    pixels: Sequence[Pixels] = ()
 
 
 class Answerer:
@@ -63,7 +63,7 @@ class Answerer:
         pad = self._settings["pad_token_id"]
         ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
         mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        pixels = [torch.from_numpy(question.pixels) for question in questions if question.pixels is not None]
+        pixels = [torch.from_numpy(image) for question in questions for image in question.pixels]
         with torch.no_grad(), stock_attention(self._loaded.model):
             output = self._loaded.model.generate(
                 input_ids=ids_BT,

@@ -1,0 +1,207 @@
+"""Which samples an epoch holds, from one data set or a mixture of several: a pure function of (seed, epoch).
+
+Comes in: the entries of a recipe's `data` and their index. Goes out: a `Mixture`, and the rows that are held out.
+Called by `train/run.py` and the doctor.
+
+Each data set gives a fixed number of draws to every epoch. Whole passes take all its rows; what a weight or a broken
+`repeat` leaves over is taken from its shuffled rows in turn, so that over the epochs every row comes equally often.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from llavaforge.config.schema import DataEntry
+from llavaforge.data.faults import Fault
+from llavaforge.data.index import IndexPart, SampleIndex
+from llavaforge.errors import UserError
+
+Rows = npt.NDArray[np.int64]
+
+
+class Mixture:
+    """The samples of every epoch.
+
+    Args:
+        rows: for each data set, the rows of the index that take part.
+        draws: for each data set, its samples per epoch.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, rows: Sequence[Rows], draws: Sequence[int], seed: int) -> None:
+        self.rows, self.draws, self.seed = tuple(rows), tuple(draws), seed
+        self._epochs: dict[int, Rows] = {}
+
+    def __len__(self) -> int:
+        """Samples per epoch."""
+        return sum(self.draws)
+
+    @property
+    def all_rows(self) -> Rows:
+        """Every row that may come."""
+        return np.concatenate(self.rows)
+
+    def epoch(self, number: int) -> Rows:
+        """Return an epoch's samples in their order."""
+        if number not in self._epochs:
+            parts = [self._of_part(part, number) for part in range(len(self.rows))]
+            samples = np.concatenate(parts)
+            order = np.random.default_rng([self.seed, number]).permutation(len(samples))
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), number: samples[order]}  # a batch may span two
+        return self._epochs[number]
+
+    def _of_part(self, part: int, epoch: int) -> Rows:
+        rows, draws = self.rows[part], self.draws[part]
+        if not draws:
+            return rows[:0]
+        whole, rest = divmod(draws, len(rows))
+        drawn = [rows] * whole
+        if rest:
+            places = np.arange(epoch * rest, (epoch + 1) * rest)
+            for turn in np.unique(places // len(rows)):
+                order = _shuffled(len(rows), self.seed, part, int(turn))
+                drawn.append(rows[order[places[places // len(rows) == turn] % len(rows)]])
+        return np.concatenate(drawn)
+
+    def table(self, entries: Sequence[DataEntry], num_supervised: npt.NDArray[np.int64]) -> Table:
+        """Return what an epoch is made of, for people."""
+        table = Table(title="An epoch", title_justify="left")
+        for heading in ("data", "records", "samples", "share", "of the supervised tokens"):
+            table.add_column(heading, justify="left" if heading == "data" else "right")
+        tokens = [draws * float(num_supervised[rows].mean()) for rows, draws in zip(self.rows, self.draws, strict=True)]
+        for entry, rows, draws, supervised in zip(entries, self.rows, self.draws, tokens, strict=True):
+            share, of_tokens = draws / len(self), supervised / sum(tokens)
+            table.add_row(str(entry.path), f"{len(rows):,}", f"{draws:,}", f"{share:.1%}", f"{of_tokens:.1%}")
+        return table
+
+
+def mix(entries: Sequence[DataEntry], rows: Sequence[Rows], seed: int) -> Mixture:
+    """Deal the rows of data sets into epochs, by their weights or repeats.
+
+    Raises:
+        UserError: a data set has no rows left, or its weight gives it no sample in an epoch.
+    """
+    for entry, mine in zip(entries, rows, strict=True):
+        if not len(mine):
+            raise UserError(f"{entry.path}: no records are left to train on. Hold out less, or remove it from data.")
+    total = sum(len(mine) for mine in rows)
+    if entries[0].weight is not None:
+        weights = np.array([entry.weight for entry in entries], dtype=np.float64)
+        draws = [round(share * total) for share in weights / weights.sum()]
+    else:
+        draws = [round((entry.repeat or 1) * len(mine)) for entry, mine in zip(entries, rows, strict=True)]
+    for entry, number in zip(entries, draws, strict=True):
+        if not number:
+            raise UserError(f"{entry.path}: its weight or repeat gives it no sample in an epoch. Raise it.")
+    return Mixture(rows, draws, seed)
+
+
+def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> tuple[Rows, Rows]:
+    """Hold out records, whole images at a time: no image is both trained on and held out.
+
+    Args:
+        index: all data.
+        rows: what there is to divide.
+        amount: a share (below 1), or a number of records; repeated images may add a few.
+        seed: of the choice.
+
+    Returns:
+        The rows to train on, and those held out.
+
+    Raises:
+        UserError: nothing is left to train on, or nothing is held out.
+    """
+    wanted = round(amount * len(rows)) if amount < 1 else int(amount)
+    if not 0 < wanted < len(rows):
+        raise UserError(
+            f"validation_split {amount:g} holds out {wanted} of {len(rows)} records. Leave some on both sides."
+        )
+    starts, keys = _image_keys(index)
+    held = np.zeros(len(index), dtype=bool)
+    held[np.random.default_rng(seed).permutation(rows)[:wanted]] = True
+    row_of_image = np.repeat(np.arange(len(index)), np.diff(starts))
+    while True:  # the other records of these images, and of theirs
+        taken = np.zeros(keys.max() + 1 if len(keys) else 0, dtype=bool)
+        taken[keys[held[row_of_image]]] = True
+        more = np.unique(row_of_image[taken[keys]])
+        if held[more].all():
+            break
+        held[more] = True
+    train, held_out = rows[~held[rows]], rows[held[rows]]
+    if not len(train):
+        raise UserError("validation_split: all records share images with held-out ones. Give eval_data_path instead.")
+    return train, held_out
+
+
+def without_quarantined(index: SampleIndex, file: Path | None) -> tuple[list[Rows], list[list[Fault]]]:
+    """Return the rows of each data set, and its faults, without the records that a quarantine file lists.
+
+    Raises:
+        UserError: the file is not one, or was written for other contents.
+    """
+    listed = _read_quarantine(file) if file is not None else []
+    rows, faults = [], []
+    for start, part in zip(index.starts, index.parts, strict=False):
+        mine = [line for line in listed if line["source"] == part.source.name]
+        for line in mine:
+            if line["contents"] != part.contents:
+                raise UserError(
+                    f"{file}: was written for other contents of {part.source.name}. Run `llavaforge data check` again."
+                )
+        bad = {(line["file"], line["row"]) for line in mine}
+        kept = np.ones(len(part), dtype=bool)
+        kept[_numbers_of(part, bad)] = False
+        rows.append(start + np.flatnonzero(kept))
+        faults.append([fault for fault in part.faults if (fault.file, fault.row) not in bad])
+    return rows, faults
+
+
+def _read_quarantine(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        for line in lines:
+            _ = line["source"], line["contents"], line["file"], line["row"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: not a quarantine list ({type(error).__name__}: {error}). Write one with "
+            "`llavaforge data check --quarantine FILE`."
+        ) from None
+    return lines
+
+
+def _numbers_of(part: IndexPart, places: set[tuple[str, int]]) -> Rows:
+    """Return the numbers of the rows at (file, row); those that are not in the index are passed over."""
+    files, names = part.numbers("file"), part.source.file_names
+    rows, found = part.numbers("row"), []
+    for file, row in places:
+        if file not in names:
+            continue
+        first, last = np.searchsorted(files, [names.index(file), names.index(file) + 1])
+        at = first + int(np.searchsorted(rows[first:last], row))
+        if at < last and rows[at] == row:
+            found.append(at)
+    return np.array(found, dtype=np.int64)
+
+
+def _image_keys(index: SampleIndex) -> tuple[Rows, Rows]:
+    """Return where each row's images begin, and for each image a number that is equal for equal images."""
+    counts = index.num_images
+    numbers: dict[str, int] = {}
+    keys = [np.zeros(0, dtype=np.int64)]
+    for part in index.parts:
+        names = part.image_paths()
+        encoded = names.dictionary_encode().combine_chunks()
+        known = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
+        keys.append(np.array(known, dtype=np.int64)[encoded.indices.to_numpy()] if known else keys[0])
+    return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(keys)
+
+
+@lru_cache(maxsize=4)
+def _shuffled(size: int, seed: int, part: int, turn: int) -> Rows:
+    return np.random.default_rng([seed, part, turn]).permutation(size)

@@ -1,0 +1,353 @@
+"""From a data set to its index: parsed, checked and tokenised once, in parallel, into a memory-mapped Arrow file.
+
+Comes in: a `Source` and a `SampleBuilder`. Goes out: the path of the Arrow file, and the faults of the records that are
+not in it. Called by `data/index.py`.
+
+The file is found again by a fingerprint of all that it depends on. It appears by a rename once it is complete: an
+interrupted preparation is redone, and of two processes that want the same file one prepares and the other waits.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from llavaforge.checkpoint.publish import sha256, sync_path
+from llavaforge.data import archives, workers
+from llavaforge.data.faults import Fault, RecordError
+from llavaforge.data.image_store import ARCHIVES, ImageStore
+from llavaforge.data.readers import Chunk, Malformed, parse_raw, read_chunks
+from llavaforge.data.records import ImageRef, Record, id_of, parse_record
+from llavaforge.data.sample import Sample, SampleBuilder
+from llavaforge.data.sources import Source
+from llavaforge.progress import Bar
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2  # raise when a change of this package changes what the file holds
+_CHUNK = 1_000  # records per parallel task; a single chunk is not worth a process
+_ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
+_IMAGE = pa.struct(
+    [
+        ("name", pa.string()),
+        ("container", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("crc", pa.int64()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("file", pa.int32()),
+        ("row", pa.int64()),
+        ("images", pa.list_(_IMAGE)),
+        ("ids", pa.list_(pa.int32())),
+        ("supervised_spans", pa.list_(pa.int32())),
+        ("length", pa.int32()),
+        ("num_supervised", pa.int32()),
+        ("num_turns_dropped", pa.int32()),
+        ("num_tokens_cut", pa.int32()),
+        ("num_literals", pa.int32()),
+        ("digest", pa.uint64()),
+    ]
+)
+
+
+def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, quiet: bool) -> tuple[Path, str]:
+    """Prepare a data set, or find that it is prepared.
+
+    Args:
+        source: what to read.
+        builder: makes samples; None leaves the token columns empty (to check a data set without a model).
+        cache_dir: where prepared data is kept.
+        quiet: show no progress.
+
+    Returns:
+        The Arrow file, and the fingerprint of all that it depends on. `faults_of` reads the faults beside it.
+
+    Raises:
+        UserError: a file cannot be read at all.
+    """
+    fingerprint = _fingerprint(source, builder)
+    path = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{fingerprint[:16]}.arrow"
+    if not _is_current(path, source.images):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            if not _is_current(path, source.images):
+                _prepare(source, builder, path, quiet)
+    return path, fingerprint
+
+
+def faults_of(path: Path) -> list[Fault]:
+    """Return the faults of the records that are not in an Arrow file."""
+    return [Fault(**json.loads(line)) for line in _faults_file(path).read_text().splitlines()]
+
+
+def records_of(source: Source) -> Iterator[Record]:
+    """Yield a data set's sound records, in the order of its index (which leaves out the others)."""
+    worker = _Worker(None, source)
+    for chunk in _limited(source):
+        for raw in chunk.raws:
+            with contextlib.suppress(RecordError):
+                yield worker.record(parse_raw(raw))
+
+
+def _is_current(path: Path, images: ImageStore) -> bool:
+    """Say whether an index is there, and no image that was missing then has been added since."""
+    if not path.is_file():
+        return False
+    missing = [fault.path for fault in faults_of(path) if fault.kind in ("missing_image", "unsafe_path")]
+    for name in missing:
+        with contextlib.suppress(RecordError):
+            images.locate(ImageRef(name))
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.info("another process prepares %s: waiting for it", path.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: bool) -> None:
+    logger.info("preparing %s", source.name)
+    for left_over in path.parent.glob(f"{path.stem}.tmp-*"):  # of a preparation that was killed: we hold the lock
+        left_over.unlink()
+    data, faults = path.with_suffix(f".tmp-{os.getpid()}"), path.with_suffix(f".tmp-{os.getpid()}-faults")
+    worker = _Worker(builder, source)
+    count = 0
+    try:
+        with (
+            pa.OSFile(str(data), "wb") as file,
+            pa.ipc.new_file(file, SCHEMA) as writer,
+            faults.open("w") as fault_file,
+            Bar(f"preparing {source.name}", "records", quiet) as bar,
+        ):
+            gathered: list[pa.RecordBatch] = []
+            for share, batch, found in _encoded(source, worker):
+                fault_file.writelines(json.dumps(asdict(fault)) + "\n" for fault in found)
+                gathered.append(batch)
+                count += batch.num_rows + len(found)
+                bar.update(count, share)
+                if sum(one.num_rows for one in gathered) >= _ROWS_PER_BATCH:
+                    writer.write_batch(_joined(gathered))
+                    gathered = []
+            if gathered:
+                writer.write_batch(_joined(gathered))
+        sync_path(data)
+        sync_path(faults)
+        os.replace(faults, _faults_file(path))
+        os.replace(data, path)
+    finally:
+        data.unlink(missing_ok=True)
+        faults.unlink(missing_ok=True)
+
+
+def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    table = pa.Table.from_batches(batches).combine_chunks()
+    return table.to_batches()[0] if table.num_rows else batches[0]
+
+
+def _faults_file(path: Path) -> Path:
+    return path.with_suffix(".faults.jsonl")
+
+
+_Encoded = tuple[pa.RecordBatch, list[Fault]]
+
+
+def _encoded(source: Source, worker: "_Worker") -> Iterator[tuple[float, pa.RecordBatch, list[Fault]]]:
+    """Yield each chunk's samples and faults, in order, with the share of the data that is done by then."""
+    chunks = _limited(source)
+    first = list(islice(chunks, 2))
+    if len(first) < 2:
+        for chunk in first:
+            yield (1.0, *worker(chunk))
+        return
+    num_processes = workers.num_cores()
+    with ProcessPoolExecutor(
+        num_processes, mp_context=workers.context(), initializer=_remember, initargs=(worker,)
+    ) as pool:
+        for chunk, result in _in_order(pool, _chain(first, chunks), 2 * num_processes + 2):
+            share = (chunk.file + chunk.progress) / len(source.files)
+            yield (share, *result)
+
+
+def _limited(source: Source) -> Iterator[Chunk]:
+    left = source.entry.max_samples
+    for number, path in enumerate(source.files):
+        for chunk in read_chunks(path, number, _CHUNK):
+            if left is None:
+                yield chunk
+            elif left > 0:
+                yield Chunk(chunk.file, chunk.rows[:left], chunk.raws[:left], chunk.progress)
+                left -= len(chunk.rows)
+            else:
+                return
+
+
+def _chain(first: Iterable[Chunk], rest: Iterable[Chunk]) -> Iterator[Chunk]:
+    yield from first
+    yield from rest
+
+
+def _in_order(pool: Executor, chunks: Iterator[Chunk], most_waiting: int) -> Iterator[tuple[Chunk, _Encoded]]:
+    """Yield results in order; `pool.map` would read all chunks into memory first."""
+    waiting: deque[tuple[Chunk, Future[_Encoded]]] = deque()
+    for chunk in chunks:
+        waiting.append((Chunk(chunk.file, [], [], chunk.progress), pool.submit(_encode_remembered, chunk)))
+        if len(waiting) >= most_waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    while waiting:
+        done, future = waiting.popleft()
+        yield done, future.result()
+
+
+_remembered: "list[_Worker]" = []
+
+
+def _remember(worker: "_Worker") -> None:
+    workers.end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _remembered[:] = [worker]
+
+
+def _encode_remembered(chunk: Chunk) -> _Encoded:
+    return _remembered[0](chunk)
+
+
+class _Worker:
+    """Turns chunks into samples; sent to each worker process once."""
+
+    def __init__(self, builder: SampleBuilder | None, source: Source) -> None:
+        self._builder, self._images, self._format = builder, source.images, source.entry.format
+        self._names = source.file_names
+
+    def __call__(self, chunk: Chunk) -> _Encoded:
+        """Return a chunk's samples as Arrow, and the faults of the other rows."""
+        faults: list[Fault] = []
+        rows: list[int] = []
+        records: list[Record] = []
+        raws = [parse_raw(raw) for raw in chunk.raws]
+        for row, raw in zip(chunk.rows, raws, strict=True):
+            try:
+                records.append(self.record(raw))
+                rows.append(row)
+            except RecordError as error:
+                faults.append(self._fault(error, chunk.file, row, id_of(raw)))
+        if self._builder is None:
+            samples = [Sample([], [], 0, num_images=len(record.images)) for record in records]
+            return _arrow(chunk.file, rows, records, samples), faults
+        made = list(zip(rows, records, self._builder.build_all(records), strict=True))
+        good = [(row, record, sample) for row, record, sample in made if isinstance(sample, Sample)]
+        for row, record, fault in made:
+            if isinstance(fault, RecordError):
+                faults.append(self._fault(fault, chunk.file, row, record.id))
+        faults.sort(key=lambda fault: fault.row)
+        return _arrow(chunk.file, *([list(column) for column in zip(*good, strict=True)] or [[], [], []])), faults
+
+    def record(self, raw: Any) -> Record:
+        """Return a raw row as a record whose images are located.
+
+        Raises:
+            RecordError: it is faulty.
+        """
+        if isinstance(raw, Malformed):
+            raise RecordError("malformed_json", raw.message)
+        record = parse_record(raw, self._format)
+        located = tuple(self._images.locate(image) for image in record.images)
+        return Record(record.id, located, record.turns, record.num_literals)
+
+    def _fault(self, error: RecordError, file: int, row: int, id_: str) -> Fault:
+        return Fault(error.kind, self._names[file], row, id_, str(error), error.path)
+
+
+def _arrow(file: int, rows: list[int], records: list[Record], samples: list[Sample]) -> pa.RecordBatch:
+    columns = [
+        [record.id for record in records],
+        [file] * len(rows),
+        rows,
+        [
+            # Turns that were dropped to fit took their images along.
+            [image._asdict() for image in record.images[: sample.num_images]]
+            for record, sample in zip(records, samples, strict=True)
+        ],
+        [sample.ids for sample in samples],
+        [sample.supervised_spans for sample in samples],
+        [sample.length for sample in samples],
+        [sample.num_supervised for sample in samples],
+        [sample.num_turns_dropped for sample in samples],
+        [sample.num_tokens_cut for sample in samples],
+        [record.num_literals for record in records],
+        [_digest(record) for record in records],
+    ]
+    arrays = [pa.array(column, type=kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _digest(record: Record) -> int:
+    """Return 64 bits of a record's contents, its id aside: equal for exact duplicates."""
+    contents = repr(([image[:4] for image in record.images], [tuple(turn) for turn in record.turns]))
+    digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int(struct.unpack("<Q", digest)[0])
+
+
+def _fingerprint(source: Source, builder: SampleBuilder | None) -> str:
+    """Identify everything that an index depends on. The contents of images are not part of it."""
+    root = source.images.root
+    parts: dict[str, Any] = {
+        "format": [_FORMAT, source.entry.format, source.entry.max_samples],
+        "data": contents_of(source),
+        "archive": archives.fingerprint(root) if root.suffix in ARCHIVES else None,
+    }
+    if builder is not None:
+        parts |= builder.identity()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def contents_of(source: Source) -> str:
+    """Identify the contents of a data set's files."""
+    cache_dir = source.images.cache_dir.parent / "contents"
+    return hashlib.sha256("".join(_contents(path, cache_dir) for path in source.files).encode()).hexdigest()
+
+
+def _contents(path: Path, cache_dir: Path) -> str:
+    """Return the SHA-256 of a text file; of a file that holds images too, its size, time and both ends.
+
+    The SHA-256 is remembered by size, times and inode, since a gigabyte takes a second or more.
+    """
+    if path.suffix in (".parquet", ".arrow", ".tar"):
+        return archives.fingerprint(path)
+    status = path.stat()
+    key = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    known = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    if not known.is_file():
+        digest = sha256(path)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        temporary = known.with_suffix(f".tmp-{os.getpid()}")
+        temporary.write_text(digest)
+        os.replace(temporary, known)
+        return digest
+    return known.read_text()

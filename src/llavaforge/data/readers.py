@@ -1,0 +1,274 @@
+"""The rows of a data file, a chunk at a time, whatever its kind; memory does not grow with the file.
+
+Comes in: a file found by `data/sources.py`. Goes out: chunks of raw rows with their numbers. Called by
+`data/prepare.py`, whose worker processes turn them into records. JSON rows stay text here: parsing them is the
+workers' part.
+"""
+
+import gzip
+import io
+import json
+import posixpath
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NoReturn
+
+import pyarrow as pa
+
+from llavaforge.data import archives, columns
+from llavaforge.data.records import ImageRef
+from llavaforge.errors import UserError
+
+_PIECE = 4 << 20  # characters read at a time
+_JSON_LINES = (".jsonl", ".ndjson")
+_TEXT_MEMBERS = {"txt": "caption", "text": "caption", "caption": "caption"}
+_IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "ppm")
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A row that is not JSON."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of one file.
+
+    Attributes:
+        file: number of the file.
+        rows: their numbers: of lines (from 1) in .jsonl, else of rows (from 0).
+        raws: JSON text, values, or `Malformed`.
+        progress: how much of the file was read by then, 0 to 1.
+    """
+
+    file: int
+    rows: list[int]
+    raws: list[Any]
+    progress: float
+
+
+def read_chunks(path: Path, file: int, size: int) -> Iterator[Chunk]:
+    """Yield a data file's rows.
+
+    Args:
+        path: .json, .jsonl or .ndjson (also .gz, .zst), .parquet, .arrow, or .tar (WebDataset).
+        file: its number in the data set; its images are in container `file + 1`.
+        size: most rows of a chunk.
+
+    Raises:
+        UserError: the file cannot be read as what its name says.
+    """
+    rows: list[int] = []
+    raws: list[Any] = []
+    with _opened(path, file + 1) as (pairs, progress):
+        for row, raw in pairs:
+            rows.append(row)
+            raws.append(raw)
+            if len(rows) == size:
+                yield Chunk(file, rows, raws, progress())
+                rows, raws = [], []
+    if rows:
+        yield Chunk(file, rows, raws, 1.0)
+
+
+def parse_raw(raw: Any) -> Any:
+    """Return a raw row as plain values, or as `Malformed`."""
+    if not isinstance(raw, str):
+        return raw
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        return Malformed(f"malformed JSON{place}: {getattr(error, 'msg', error)}. A cut-off download ends like this.")
+
+
+def is_json_lines(path: Path) -> bool:
+    """Say whether a file's name tells JSON lines."""
+    return any(suffix in _JSON_LINES for suffix in path.suffixes[-2:])
+
+
+@contextmanager
+def _opened(path: Path, container: int) -> Iterator[tuple[Iterator[tuple[int, Any]], Callable[[], float]]]:
+    """Open a data file; gives its numbered rows, and a function that tells how much of it was read."""
+    size = max(1, path.stat().st_size)
+    try:
+        with open(path, "rb") as file:
+            if path.suffix in columns.SUFFIXES:
+                yield columns.read_rows(path, container), lambda: 0.0
+            elif path.suffix == ".tar":
+                yield enumerate(_tar_rows(path, file, container)), lambda: file.tell() / size
+            else:
+                yield _text_rows(path, file), lambda: file.tell() / size
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from None
+    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read to its end ({error}). Download it again.") from None
+
+
+def _text_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    text = _decoded(path, file)
+    if is_json_lines(path):
+        yield from ((number, line) for number, line in enumerate(text, 1) if line.strip())
+        return
+    start = text.read(_PIECE)
+    if start.lstrip().startswith("{"):  # JSON lines by another name
+        yield from enumerate(line for line in _lines_of_objects(start, text, path) if line.strip())
+    else:
+        yield from enumerate(_ListSplitter(path, text, start))
+
+
+def _lines_of_objects(start: str, rest: IO[str], path: Path) -> Iterator[str]:
+    """Yield the lines of a text whose first piece was read already."""
+    lines = start.split("\n")
+    lines[-1] += rest.readline()
+    if isinstance(parse_raw(lines[0]), Malformed):
+        raise UserError(f"{path}: expected a JSON list of rows (or an object on each line), found one object.")
+    yield from lines
+    yield from rest
+
+
+def _decoded(path: Path, file: BinaryIO) -> IO[str]:
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(gzip.GzipFile(fileobj=file), encoding="utf-8-sig")
+    if path.suffix == ".zst":
+        stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+        return io.TextIOWrapper(io.BufferedReader(_Raw(stream)), encoding="utf-8-sig")
+    return io.TextIOWrapper(file, encoding="utf-8-sig")
+
+
+class _Raw(io.RawIOBase):
+    """A stream of pyarrow as Python's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _ListSplitter:
+    """Iterates over the elements of a JSON list as text, reading a piece at a time."""
+
+    def __init__(self, path: Path, text: IO[str], start: str) -> None:
+        self._path, self._text = path, text
+        self._buffer, self._position = start, 0
+        self._line = 1  # number of the buffer's first line
+        self._decoder = json.JSONDecoder()
+        self._at_end = False
+
+    def __iter__(self) -> Iterator[str]:
+        if (first := self._next_character()) != "[":
+            kind = "an empty file" if not first else "something else"
+            raise UserError(f"{self._path}: expected a JSON list of rows, found {kind}.")
+        self._position += 1
+        if self._next_character() == "]":
+            return
+        while True:
+            self._next_character()
+            end = self._end_of_element()
+            yield self._buffer[self._position : end]
+            self._position = end
+            separator = self._next_character()
+            if separator not in (",", "]"):
+                self._fail("expecting ',' or ']' after a row", self._position)
+            self._position += 1
+            if separator == "]":
+                if self._next_character():
+                    self._fail("extra data after the list", self._position)
+                return
+
+    def _end_of_element(self) -> int:
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self._buffer, self._position)
+            except RecursionError:
+                self._fail("nested too deeply", self._position)
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
+                if not cut_off or not self._read_more():
+                    self._fail(error.msg, error.pos)
+            else:
+                if end < len(self._buffer) or not self._read_more():  # a number could go on
+                    return end
+
+    def _next_character(self) -> str:
+        """Skip white space; return the character there, or an empty text at the end."""
+        while True:
+            while self._position < len(self._buffer) and self._buffer[self._position] in " \t\r\n":
+                self._position += 1
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            if not self._read_more():
+                return ""
+
+    def _read_more(self) -> bool:
+        if self._at_end:
+            return False
+        self._line += self._buffer.count("\n", 0, self._position)
+        more = self._text.read(max(_PIECE, len(self._buffer) - self._position))
+        self._buffer = self._buffer[self._position :] + more
+        self._position = 0
+        self._at_end = not more
+        return bool(more)
+
+    def _fail(self, message: str, position: int) -> NoReturn:
+        line = self._line + self._buffer.count("\n", 0, position)
+        column = position - self._buffer.rfind("\n", 0, position)
+        raise UserError(
+            f"{self._path}:{line}:{column}: malformed JSON: {message}. "
+            "Mend that place (a cut-off download ends in the middle of a row)."
+        )
+
+
+def _tar_rows(path: Path, file: BinaryIO, container: int) -> Iterator[Any]:
+    """Yield the samples of a WebDataset tar: members in a row that share a name up to its first dot."""
+    opened = archives.OpenFile(path)  # its reads leave the place of `file`
+    key: str | None = None
+    members: dict[str, ImageRef | bytes] = {}
+    for member in archives.tar_members(path, file):
+        folder, base = posixpath.split(member.name)
+        stem, _, extension = base.partition(".")
+        if posixpath.join(folder, stem) != key:
+            if key is not None and members:
+                yield _tar_row(key, members)
+            key, members = posixpath.join(folder, stem), {}
+        extension = extension.lower()
+        if extension.rsplit(".", 1)[-1] in _IMAGE_MEMBERS:
+            members[extension] = ImageRef(member.name, container, member.offset_data, member.size)
+        elif extension == "json" or extension in _TEXT_MEMBERS:
+            members[extension] = archives.read_at(opened, member.offset_data, member.size)
+    if key is not None and members:
+        yield _tar_row(key, members)
+
+
+def _tar_row(key: str, members: dict[str, Any]) -> Any:
+    row: dict[str, Any] = {"__key__": key}
+    images = []
+    for extension, value in members.items():
+        if isinstance(value, ImageRef):
+            images.append(value)
+            continue
+        try:
+            text = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return Malformed(f"{key}.{extension} is not UTF-8 text ({error}).")
+        if extension != "json":
+            row[_TEXT_MEMBERS[extension]] = text
+            continue
+        parsed = parse_raw(text)
+        if not isinstance(parsed, dict):
+            return parsed if isinstance(parsed, Malformed) else Malformed(f"{key}.json is not an object.")
+        row = {**parsed, **row}
+    if images:
+        row = {name: value for name, value in row.items() if name not in ("image", "images")} | {"images": images}
+    return row
