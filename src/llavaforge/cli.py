@@ -36,6 +36,7 @@ class Verb:
     function: str
     summary: str
     takes_recipe: bool = False
+    fails_on: str = ""  # the key of the result that is zero when all is well
 
 
 VERBS: dict[str, Verb] = {
@@ -46,7 +47,7 @@ VERBS: dict[str, Verb] = {
         "CustomizeModelConfig", "join.parts:customize_model", "join a vision tower and a language model"
     ),
     "data check": Verb(
-        "DataCheckConfig", "use.data_check:data_check", "find what is wrong with a data set", takes_recipe=True
+        "DataCheckConfig", "use.data_check:data_check", "find what is wrong with a data set", True, "num_errors"
     ),
     "data preview": Verb(
         "DataPreviewConfig", "use.data_preview:data_preview", "show samples as the model sees them", takes_recipe=True
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _load(VERBS[name].function)(config)
         if result is not None and os.environ.get("RANK", "0") == "0":  # several processes have one result
             _write(json.dumps(result))
-        return 0
+        return 2 if result and result.get(VERBS[name].fails_on) else 0
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -1,12 +1,10 @@
 """Tokens as text: nothing is lost, characters stay whole, and what cannot be seen is named."""
 
-from pathlib import Path
-
 import pytest
-import tiny_parts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import tiny_parts
 from llavaforge.report.tokens import Reader, glyphs, visible
 
 TEXT = "naïve 日本 😀👩‍👧 שלום\n\tend"

@@ -86,6 +86,8 @@ class ImageStore:
             if path.suffix in columns.SUFFIXES:
                 return columns.read_image(path, ref.offset, ref.size)
             return self._read_file(safe_name(ref.name))
+        except RecordError:
+            raise
         except (OSError, ValueError, KeyError, zlib.error) as error:
             raise RecordError("missing_image", f"{self.name(ref)}: cannot be read ({error}).", ref.name) from None
 

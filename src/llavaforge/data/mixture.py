@@ -122,7 +122,7 @@ def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> 
         raise UserError(
             f"validation_split {amount:g} holds out {wanted} of {len(rows)} records. Leave some on both sides."
         )
-    starts, keys = _image_keys(index)
+    starts, keys = image_keys(index)
     held = np.zeros(len(index), dtype=bool)
     held[np.random.default_rng(seed).permutation(rows)[:wanted]] = True
     row_of_image = np.repeat(np.arange(len(index)), np.diff(starts))
@@ -189,7 +189,7 @@ def _numbers_of(part: IndexPart, places: set[tuple[str, int]]) -> Rows:
     return np.array(found, dtype=np.int64)
 
 
-def _image_keys(index: SampleIndex) -> tuple[Rows, Rows]:
+def image_keys(index: SampleIndex) -> tuple[Rows, Rows]:
     """Return where each row's images begin, and for each image a number that is equal for equal images."""
     counts = index.num_images
     numbers: dict[str, int] = {}

@@ -13,11 +13,9 @@ import json
 import logging
 import os
 import struct
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +183,8 @@ def _encoded(source: Source, worker: "_Worker") -> Iterator[tuple[float, pa.Reco
         for chunk in first:
             yield (1.0, *worker(chunk))
         return
-    num_processes = workers.num_cores()
-    with ProcessPoolExecutor(
-        num_processes, mp_context=workers.context(), initializer=_remember, initargs=(worker,)
-    ) as pool:
-        for chunk, result in _in_order(pool, _chain(first, chunks), 2 * num_processes + 2):
-            share = (chunk.file + chunk.progress) / len(source.files)
-            yield (share, *result)
+    for chunk, result in workers.each(worker, chain(first, chunks)):
+        yield ((chunk.file + chunk.progress) / len(source.files), *result)
 
 
 def _limited(source: Source) -> Iterator[Chunk]:
@@ -205,37 +198,6 @@ def _limited(source: Source) -> Iterator[Chunk]:
                 left -= len(chunk.rows)
             else:
                 return
-
-
-def _chain(first: Iterable[Chunk], rest: Iterable[Chunk]) -> Iterator[Chunk]:
-    yield from first
-    yield from rest
-
-
-def _in_order(pool: Executor, chunks: Iterator[Chunk], most_waiting: int) -> Iterator[tuple[Chunk, _Encoded]]:
-    """Yield results in order; `pool.map` would read all chunks into memory first."""
-    waiting: deque[tuple[Chunk, Future[_Encoded]]] = deque()
-    for chunk in chunks:
-        waiting.append((Chunk(chunk.file, [], [], chunk.progress), pool.submit(_encode_remembered, chunk)))
-        if len(waiting) >= most_waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    while waiting:
-        done, future = waiting.popleft()
-        yield done, future.result()
-
-
-_remembered: "list[_Worker]" = []
-
-
-def _remember(worker: "_Worker") -> None:
-    workers.end_with_parent()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _remembered[:] = [worker]
-
-
-def _encode_remembered(chunk: Chunk) -> _Encoded:
-    return _remembered[0](chunk)
 
 
 class _Worker:

@@ -9,11 +9,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _PRELOADED = ["llavaforge.data.loader", "llavaforge.data.prepare", "llavaforge.data.doctor"]
 
@@ -25,6 +31,43 @@ def context() -> ForkServerContext:
     with signals_blocked():
         forkserver.ensure_running()
     return found
+
+
+def each(task: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Do a task for each item on all cores; yields items with their results, in order.
+
+    Only a few items are taken ahead, so memory does not grow with their number.
+
+    Args:
+        task: sent to each worker process once.
+        items: sent to the workers one by one.
+    """
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    with ProcessPoolExecutor(num_cores(), mp_context=context(), initializer=_remember, initargs=(task,)) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(_do_remembered, item)))
+                if len(waiting) > 2 * num_cores():
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_remembered: list[Callable[[Any], Any]] = []
+
+
+def _remember(task: Callable[[Any], Any]) -> None:
+    end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _remembered[:] = [task]
+
+
+def _do_remembered(item: Any) -> Any:
+    return _remembered[0](item)
 
 
 def end_with_parent() -> None:

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -174,9 +173,9 @@ class _Data:
 
 
 def _open_data(config: TrainConfig, loaded: LoadedModel) -> _Data:
-    def opened(entries: Sequence[DataEntry], quarantine: Path | None) -> tuple[SampleIndex, list[Rows], list[Fault]]:
+    def opened(entries: Sequence[DataEntry]) -> tuple[SampleIndex, list[Rows], list[Fault]]:
         index = open_index(entries, loaded.processor, loaded.num_image_tokens, config)
-        rows, faults = without_quarantined(index, quarantine)
+        rows, faults = without_quarantined(index, config.quarantine)
         for part, mine in zip(index.parts, faults, strict=True):
             if config.on_bad_sample == "stop":
                 refuse(mine, len(part) + len(part.faults), part.source.name)
@@ -185,7 +184,7 @@ def _open_data(config: TrainConfig, loaded: LoadedModel) -> _Data:
         accept(" and ".join(part.source.name for part in index.parts), left_out, config.max_bad_samples)
         return index, rows, left_out
 
-    index, rows, left_out = opened(config.entries, config.quarantine)
+    index, rows, left_out = opened(config.entries)
     if not index.num_images.any():
         raise UserError(
             f"{index.parts[0].source.name}: no record has an image, so the projector would learn nothing. "
@@ -193,7 +192,7 @@ def _open_data(config: TrainConfig, loaded: LoadedModel) -> _Data:
         )
     held_out = None
     if config.eval_data_path is not None:
-        other, other_rows, more = opened([DataEntry(path=config.eval_data_path)], None)
+        other, other_rows, more = opened([DataEntry(path=config.eval_data_path)])
         held_out, left_out = HeldOut(other, np.concatenate(other_rows)), left_out + more
     elif config.validation_split:
         train, kept = split_held_out(index, np.concatenate(rows), config.validation_split, config.seed)
