@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-scaling
+.PHONY: demo test check bench bench-data bench-scaling
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -25,6 +25,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench
+
+bench-data: .venv/installed
+	$(BIN)/python -m bench.data
 
 bench-scaling: .venv/installed
 	$(BIN)/python -m bench.scaling

@@ -44,6 +44,7 @@ def test_distributed_code_sits_behind_the_engine(path: Path) -> None:
         ("engine", ["checkpoint", "train", "use", "join", "model_folder"]),
         ("checkpoint", ["train", "use"]),
         ("train", ["use"]),
+        ("report", ["engine", "train", "use", "join", "checkpoint"]),
     ],
 )  # fmt: skip
 def test_a_stage_does_not_know_the_later_ones(folder: str, later: list[str]) -> None:

@@ -121,6 +121,7 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     recipe = values.pop("recipe", None) if verb.takes_recipe else None
     merged = {**(load.read_recipe(Path(recipe)) if recipe else {}), **values}
     if options is not schema.TrainConfig and verb.takes_recipe:  # a training recipe says more than these verbs need
+        merged = {**_one_stage(merged, values.get("stage"), str(recipe)), **values}
         merged = {key: value for key, value in merged.items() if key in options.model_fields or not _is_of_train(key)}
     if "data_path" in values and merged.pop("data", None):
         logger.info("--data_path %s takes the place of the recipe's data", values["data_path"])
@@ -151,6 +152,18 @@ def function_of(name: str) -> Callable[..., Any]:
     verb.__name__ = verb.__qualname__ = name.split()[-1].replace("-", "_")
     verb.__doc__ = f"{VERBS[name].summary}\n\nTakes the options of `llavaforge {name} --help` as keywords."
     return verb
+
+
+def _one_stage(recipe: dict[str, Any], name: str | None, where: str) -> dict[str, Any]:
+    """Return a recipe with the keys of one of its stages (the first, unless named) in place of its own."""
+    stages = {stage.get("name"): stage for stage in recipe.get("stages") or [] if isinstance(stage, dict)}
+    if name is not None and name not in stages:
+        raise UserError(f"{where}: no stage {name!r}. Its stages: {', '.join(map(str, stages)) or 'none'}.")
+    if not stages:
+        return recipe
+    chosen = stages[name] if name is not None else next(iter(stages.values()))
+    logger.info("stage %s of %s", chosen.get("name"), where)
+    return {**recipe, **{key: value for key, value in chosen.items() if key != "name"}}
 
 
 def _is_of_train(key: str) -> bool:

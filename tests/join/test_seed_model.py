@@ -1,34 +1,18 @@
 """The seed's own model: CLIP-ViT-L/14-336 + Qwen1.5-4B-Chat, its tokenizer in full and its weights on `meta`."""
 
-import base64
 import json
 import shutil
-from importlib import resources
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, PreTrainedTokenizerFast, Qwen2Config
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from bench.qwen import SPECIAL_TOKENS, qwen_tokenizer
+from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, Qwen2Config
 
 import tiny_parts
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.join.parts import customize_model, join_configs, num_embeddings
 from llavaforge.join.tensors import part_parameters, stock_shapes
 from llavaforge.join.tokenizer import prepare_tokenizer
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Of Qwen1.5's tokenizer.json: digits one by one.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class QwenConverter(TikTokenConverter):
-    @staticmethod
-    def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-        lines = Path(tiktoken_url).read_bytes().splitlines()
-        return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +25,7 @@ def qwen15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    vocabulary = resources.files("dashscope").joinpath("resources/qwen.tiktoken")
-    tokenizer = QwenConverter(str(vocabulary), pattern=PATTERN).converted()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    qwen_tokenizer().save_pretrained(folder)
     entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     fields = {
         "add_prefix_space": False,

@@ -246,6 +246,12 @@ def test_a_training_recipe_is_checked_as_it_stands(
     )
     assert main(["data", "check", str(recipe)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps_per_epoch"] == 3
+    recipe.write_text(recipe.read_text() + "stages:\n  - {name: a, global_batch_size: 4}\n  - {name: b}\n")
+    for stage, steps in (("a", 6), ("b", 3)):
+        assert main(["data", "check", str(recipe), "--stage", stage]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps_per_epoch"] == steps
+    assert main(["data", "check", str(recipe), "--stage", "c"]) == 2
+    assert "no stage 'c'. Its stages: a, b" in capsys.readouterr().err
     recipe.write_text(recipe.read_text() + "lerning_rate: 1\n")
     assert main(["data", "check", str(recipe)]) == 2
     assert "unknown key `lerning_rate`" in capsys.readouterr().err

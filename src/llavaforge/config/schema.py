@@ -130,6 +130,8 @@ class DataOptions(SampleOptions):
     """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
     max_tokens_per_batch: PositiveInt | None = None
     """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
     seed: int = 42
     """Seed of the sample order, LoRA's initial weights and dropout."""
 
@@ -145,6 +147,12 @@ class DataOptions(SampleOptions):
             raise ValueError("data: give every entry a weight, or none")
         if self.eval_data_path and self.validation_split:
             raise ValueError("give eval_data_path or validation_split, not both")
+        if self.max_tokens_per_batch and not (self.global_batch_size or self.per_device_train_batch_size):
+            raise ValueError("max_tokens_per_batch bounds micro-batches only: give global_batch_size too")
+        if self.global_batch_size and self.gradient_accumulation_steps:
+            raise ValueError(
+                "global_batch_size already fixes the accumulation: drop gradient_accumulation_steps, or give only it"
+            )
         if self.validation_split > 1 and self.validation_split % 1:
             raise ValueError("validation_split is a share below 1 or a whole number of records")
         return self
@@ -163,12 +171,19 @@ class DataOptions(SampleOptions):
             return self.per_device_train_batch_size
         return _NO_BOUND if self.max_tokens_per_batch else _MICRO_BATCH
 
+    def samples_per_step(self, num_processes: int = 1) -> int:
+        """Return the global batch."""
+        per_process = self.max_samples_per_batch * (self.gradient_accumulation_steps or 1)
+        return self.global_batch_size or per_process * num_processes
+
 
 class DataCheckConfig(DataOptions):
     """Find what is wrong with a data set before training: every record, every image. Takes a training recipe too."""
 
     model_name_or_path: str | None = None
     """The model to be trained; without it tokens, lengths and labels are not checked."""
+    stage: str | None = None
+    """Which stage of a recipe with `stages` (default: the first)."""
     report: Path | None = None
     """Folder for `report.html` and `findings.jsonl`."""
     quarantine: Path | None = None
@@ -182,6 +197,8 @@ class DataPreviewConfig(DataOptions):
 
     model_name_or_path: str
     """The model to be trained."""
+    stage: str | None = None
+    """Which stage of a recipe with `stages` (default: the first)."""
     output: Path | None = None
     """The HTML page to write."""
     num_samples: PositiveInt = 16
@@ -211,9 +228,6 @@ class TrainConfig(DataOptions):
     """Passes over the data (ignored when `max_steps` is given)."""
     max_steps: NonNegativeInt = 0
     """Number of optimizer steps; 0 derives it from `num_train_epochs`."""
-    gradient_accumulation_steps: PositiveInt | None = None
-    """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
-
     learning_rate: NonNegativeFloat | None = None
     """Of the language model or its LoRA (of the projector for `projector`). Default 2e-5; LoRA 2e-4; projector 1e-3."""
     projector_learning_rate: NonNegativeFloat | None = None
@@ -282,14 +296,8 @@ class TrainConfig(DataOptions):
             if not Path(self.deepspeed).is_file():
                 names = ", ".join(shipped_deepspeed())
                 raise ValueError(f"deepspeed: no such file: {self.deepspeed} (or one of {names})")
-        if self.max_tokens_per_batch and not (self.global_batch_size or self.per_device_train_batch_size):
-            raise ValueError("max_tokens_per_batch bounds micro-batches only: give global_batch_size too")
         if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
             raise ValueError("give warmup_ratio or warmup_steps, not both")
-        if self.global_batch_size and self.gradient_accumulation_steps:
-            raise ValueError(
-                "global_batch_size already fixes the accumulation: drop gradient_accumulation_steps, or give only it"
-            )
         if self.prompt_style == "plain" and self.system_prompt:
             raise ValueError("system_prompt has no place in prompt_style plain: drop it, or use prompt_style chat")
         return self

@@ -31,6 +31,7 @@ _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
+_TAR_END = bytes(tarfile.BLOCKSIZE)
 
 
 class OpenFile:
@@ -151,14 +152,18 @@ def tar_members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                 if member.isreg():
                     yield member
-    except (OSError, tarfile.TarError) as error:
+            file.seek(archive.offset)  # `tarfile` takes any block it cannot read for the end
+            if file.read(tarfile.BLOCKSIZE) != _TAR_END:
+                raise ValueError(f"damaged or cut off at byte {archive.offset}")
+    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
         raise UserError(f"{path}: not a readable, uncompressed tar ({error}). Download or pack it again.") from None
 
 
 def _zip_entries(path: Path) -> Iterator[tuple[int, int, int, int]]:
+    file_size = path.stat().st_size
     with open(path, "rb") as file:
         try:
-            offset, size, shift = _find_directory(file, path.stat().st_size)
+            offset, size, shift = _find_directory(file, file_size)
             file.seek(offset)
             directory = file.read(size)
             position = 0
@@ -174,10 +179,12 @@ def _zip_entries(path: Path) -> Iterator[tuple[int, int, int, int]]:
                 extra = directory[position : position + extra_size]
                 position += extra_size + comment_size
                 packed, at = _wide(extra, unpacked, packed, at)
+                if not 0 <= at + shift <= file_size - packed:
+                    raise ValueError("its directory is damaged")
                 if not name.endswith(b"/"):
                     text = name.decode("utf-8" if flags & 0x800 else "cp437")
                     yield _hash(posixpath.normpath(text)), at + shift, packed, crc
-        except (ValueError, struct.error, UnicodeDecodeError) as error:
+        except (OSError, ValueError, OverflowError, struct.error) as error:
             raise UserError(f"{path}: not a readable zip ({error}). Download or pack it again.") from None
 
 
@@ -213,11 +220,13 @@ def _wide(extra: bytes, unpacked: int, packed: int, at: int) -> tuple[int, int]:
     while position + 4 <= len(extra):
         kind, size = struct.unpack_from("<HH", extra, position)
         if kind == 1:
-            values = iter(struct.unpack_from(f"<{size // 8}Q", extra, position + 4))
+            values = list(struct.unpack_from(f"<{size // 8}Q", extra, position + 4))
+            if len(values) < (unpacked, packed, at).count(0xFFFFFFFF):
+                raise ValueError("its directory is damaged (zip64)")
             if unpacked == 0xFFFFFFFF:
-                next(values)
-            packed = next(values) if packed == 0xFFFFFFFF else packed
-            at = next(values) if at == 0xFFFFFFFF else at
+                values.pop(0)
+            packed = values.pop(0) if packed == 0xFFFFFFFF else packed
+            at = values.pop(0) if at == 0xFFFFFFFF else at
             break
         position += 4 + size
     return packed, at

@@ -15,32 +15,53 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llavaforge.data.records import ImageRef
+from llavaforge.data.records import FIELDS, IMAGE_KEYS, ImageRef
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH = 1000  # rows decoded at a time
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # without it Arrow reads a cut-off stream as a shorter one
 
 
 def read_rows(path: Path, container: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the numbered rows of a .parquet or .arrow file, each image as an `ImageRef` into it.
 
+    Only the fields that records have are read; the others are None.
+
     Args:
         path: the file.
         container: number of the file in its `ImageStore`.
     """
+    names = _schema(path).names
+    image = _image_column(_schema(path))
+    kept = [name for name in names if name in FIELDS or name == image]
+    kept = [name for name in kept if name == image or not _holds_images(_schema(path).field(name).type)]
+    others = dict.fromkeys(name for name in names if name not in kept)
     number = 0
-    for batch in _text_batches(path):
-        names = [name for name in batch.schema.names if _holds_images(_schema(path).field(name).type)]
+    for batch in _text_batches(path, kept or names[:1]):
         for row in batch.to_pylist():
-            for name in names:
-                row[name] = _refs(row[name], path, container, number)
+            row |= others
+            if image is not None:
+                refs = _refs(row.pop(image), path, container, number)
+                row[image if image in IMAGE_KEYS else "image"] = refs
             for name in ("conversations", "messages"):
                 if name in row:
                     row[name] = _listed(row[name])
             yield number, row
             number += 1
+
+
+def num_rows(path: Path) -> int:
+    """Return the number of rows of a file."""
+    return int(_parquet(path).metadata.num_rows if path.suffix == ".parquet" else _arrow(path).num_rows)
+
+
+def close_files() -> None:
+    """Forget opened files: they may have changed since."""
+    for cache in (_parquet, _arrow, _read_group):
+        cache.cache_clear()
 
 
 def read_image(path: Path, row: int, number: int) -> bytes:
@@ -67,10 +88,10 @@ def image_column(path: Path) -> str:
     Raises:
         KeyError: it has none.
     """
-    names = [field.name for field in _schema(path) if _holds_images(field.type)]
-    if not names:
+    name = _image_column(_schema(path))
+    if name is None:
         raise KeyError(f"{path} has no image column")
-    return next((name for name in names if name in ("images", "image")), names[0])
+    return name
 
 
 def largest_group_bytes(path: Path) -> int:
@@ -83,34 +104,46 @@ def largest_group_bytes(path: Path) -> int:
     return max(sizes)
 
 
-def _text_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _image_column(schema: pa.Schema) -> str | None:
+    """Return the image column: the first that records look for; when there is none, one that can only be images."""
+    known = [name for name in IMAGE_KEYS if name in schema.names]
+    if known:
+        return next((name for name in known if _holds_images(schema.field(name).type)), None)
+    return next((field.name for field in schema if _holds_images(field.type) and not _is_binary(field.type)), None)
+
+
+def _text_batches(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield columns of a file, with `True` in place of image bytes."""
     if path.suffix == ".parquet":
-        yield from _parquet(path).iter_batches(batch_size=_BATCH, columns=_leaves_without_bytes(path))
-        return
-    for batch in _arrow(path).to_batches(max_chunksize=_BATCH):
+        batches = _parquet(path).iter_batches(batch_size=_BATCH, columns=_leaves_without_bytes(path, names))
+    else:
+        batches = iter(_arrow(path).select(names).to_batches(max_chunksize=_BATCH))
+    for batch in batches:
         columns = [_without_bytes(column) for column in batch.columns]
         yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _leaves_without_bytes(path: Path) -> list[str]:
-    """Return the Parquet leaves to read: all but image bytes (a column that is nothing but bytes is read)."""
-    images = {field.name for field in _schema(path) if _holds_images(field.type)}
+def _leaves_without_bytes(path: Path, names: list[str]) -> list[str]:
+    """Return the Parquet leaves of columns: all but image bytes (a column that is nothing but bytes is read)."""
+    images = {name for name in names if _holds_images(_schema(path).field(name).type)}
     schema = _parquet(path).schema
     leaves = [schema.column(number).path for number in range(len(schema))]
-    light = [leaf for leaf in leaves if leaf.split(".")[0] not in images or not leaf.endswith(".bytes")]
-    light = [leaf for leaf in light if leaf not in images]
+    leaves = [leaf for leaf in leaves if leaf.split(".")[0] in names]
+    light = [leaf for leaf in leaves if leaf.split(".")[0] not in images or leaf.endswith(".path")]
     return light + [leaf for leaf in leaves if leaf.split(".")[0] not in {kept.split(".")[0] for kept in light}]
 
 
 def _without_bytes(column: pa.Array) -> pa.Array:
-    """Return an Arrow column with `True` in place of image bytes; nothing is copied."""
+    """Return a column with `True` in place of image bytes; nothing is copied."""
     kind = column.type
     if _is_list(kind) and _holds_images(kind):
-        return pa.ListArray.from_arrays(column.offsets, _without_bytes(column.values), mask=column.is_null())
+        first, last = column.offsets[0].as_py(), column.offsets[-1].as_py()
+        values = _without_bytes(column.values.slice(first, last - first))
+        return type(column).from_arrays(pc.subtract(column.offsets, first), values, mask=column.is_null())
     if pa.types.is_struct(kind) and _holds_images(kind):
         path = column.field("path") if kind.get_field_index("path") >= 0 else pa.nulls(len(column), pa.string())
         return pa.StructArray.from_arrays([path], names=["path"], mask=column.is_null())
-    return column.is_valid() if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else column
+    return column.is_valid() if _is_binary(kind) else column
 
 
 def _refs(value: Any, path: Path, container: int, row: int) -> Any:
@@ -131,10 +164,11 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
-        return [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
+        if len({len(item) for item in value.values()}) == 1:
+            return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     return value
 
 
@@ -143,6 +177,10 @@ def _holds_images(kind: pa.DataType) -> bool:
         return _holds_images(kind.value_type)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
@@ -163,9 +201,13 @@ def _parquet(path: Path) -> pq.ParquetFile:
 def _arrow(path: Path) -> pa.Table:
     source = pa.memory_map(str(path))
     try:
-        return pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
+        table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
     except pa.ArrowInvalid:
         return pa.ipc.open_file(source).read_all()
+    source.seek(source.size() - len(_END_OF_STREAM))
+    if source.read() != _END_OF_STREAM:
+        raise pa.ArrowInvalid("it has no end mark")
+    return table
 
 
 def _mapped_images(path: Path) -> tuple[pa.ChunkedArray, int]:

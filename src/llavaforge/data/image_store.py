@@ -88,7 +88,7 @@ class ImageStore:
             return self._read_file(safe_name(ref.name))
         except RecordError:
             raise
-        except (OSError, ValueError, KeyError, zlib.error) as error:
+        except (OSError, ValueError, LookupError, zlib.error) as error:
             raise RecordError("missing_image", f"{self.name(ref)}: cannot be read ({error}).", ref.name) from None
 
     def name(self, ref: ImageRef) -> str:
@@ -102,14 +102,32 @@ class ImageStore:
         path = os.path.join(self._real_root, name)
         if not os.path.isfile(path):
             return False
-        _check_inside(path, self._real_root)
+        self._check_inside(path, name)
         return True
 
     def _read_file(self, name: str) -> bytes:
         path = os.path.join(self._real_root, name)
-        _check_inside(path, self._real_root)
+        self._check_inside(path, name)
         with open(path, "rb", buffering=0) as file:
             return file.read()
+
+    def _check_inside(self, path: str, name: str) -> None:
+        real = os.path.realpath(path)
+        if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in (self._real_root, *self._hub_blobs)):
+            raise RecordError(
+                "unsafe_path",
+                f"{path} is a link out of its folder, to {real}. Copy the image, or name its folder.",
+                name,
+            )
+
+    @cached_property
+    def _hub_blobs(self) -> list[str]:
+        """Where the hub's cache keeps the files that a data set's folder (`snapshots/<commit>`) only links to."""
+        return [
+            str(folder.parent / "blobs")
+            for folder in Path(self._real_root).parents
+            if folder.name == "snapshots" and (folder.parent / "blobs").is_dir()
+        ]
 
     @cached_property
     def _real_root(self) -> str:
@@ -151,14 +169,6 @@ def safe_name(name: str) -> str:
     return path
 
 
-def _check_inside(path: str, real_root: str) -> None:
-    real = os.path.realpath(path)
-    if not real.startswith(real_root.rstrip(os.sep) + os.sep):
-        raise RecordError(
-            "unsafe_path", f"{path} is a link out of its folder, to {real}. Copy the image, or name its folder.", path
-        )
-
-
 def _inline(uri: str) -> bytes:
     header, _, data = uri.partition(",")
     try:
@@ -169,6 +179,12 @@ def _inline(uri: str) -> bytes:
         raise RecordError(
             "not_an_image", f"inline image {uri[:40]!r}: {error}. Write base64 after the comma."
         ) from None
+
+
+def close_files() -> None:
+    """Forget opened files: they may have changed since."""
+    _opened.cache_clear()
+    columns.close_files()
 
 
 @lru_cache(maxsize=_MOST_OPEN_FILES)

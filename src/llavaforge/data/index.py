@@ -25,6 +25,7 @@ import pyarrow.compute
 
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.faults import Fault, RecordError, place
+from llavaforge.data.image_store import safe_name
 from llavaforge.data.prepare import contents_of, faults_of, prepared
 from llavaforge.data.records import ImageRef
 from llavaforge.data.sample import SampleBuilder
@@ -124,16 +125,20 @@ class IndexPart:
 
     def image_paths(self) -> pa.ChunkedArray:
         """Return every image's path (or place in a file), row by row: equal texts are the same image."""
+        root = self.source.images.root
+        real = pa.array([os.path.realpath(path) for path in self.source.images.containers])
+        first_file = 1 if root.is_dir() else 0
         chunks = []
         for batch in self._batches:
             name, container, offset, size, _ = batch.column("images").values.flatten()
-            by_name = pa.compute.binary_join_element_wise(str(self.source.images.root), name, "/")
-            paths = pa.array([str(path) for path in self.source.images.containers])
             place_ = [pa.compute.cast(column, pa.string()) for column in (offset, size)]
             in_file = pa.compute.binary_join_element_wise(
-                paths.take(pa.compute.max_element_wise(container, 0)), *place_, "#"
+                real.take(pa.compute.max_element_wise(container, 0)), *place_, "#"
             )
-            chunks.append(pa.compute.if_else(pa.compute.greater(container, 0), in_file, by_name))
+            by_name = pa.compute.binary_join_element_wise(real[0], _without_detours(name), "/")
+            inline = pa.compute.starts_with(name, "data:")
+            named = pa.compute.if_else(inline, name, by_name)
+            chunks.append(pa.compute.if_else(pa.compute.greater_equal(container, first_file), in_file, named))
         return pa.chunked_array(chunks, type=pa.string())
 
     def numbers(self, column: str) -> npt.NDArray[Any]:
@@ -327,6 +332,13 @@ def sample_builder(processor: Any, num_image_tokens: int, options: SampleOptions
     template = processor.chat_template or tokenizer.chat_template or ""
     chat = ChatTemplate(tokenizer, template, options.prompt_style, options.system_prompt)
     return SampleBuilder(tokenizer, chat, int(processor.image_token_id), num_image_tokens, options.max_length)
+
+
+def _without_detours(names: pa.Array) -> pa.Array:
+    odd = pa.compute.match_substring_regex(names, r"(^|/)\.|//|\\")  # few data sets have any
+    if not pa.compute.any(odd).as_py():
+        return names
+    return pa.array([name if name.startswith("data:") else safe_name(name) for name in names.to_pylist()])
 
 
 def _list_views(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

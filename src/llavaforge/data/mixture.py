@@ -108,7 +108,7 @@ def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> 
     Args:
         index: all data.
         rows: what there is to divide.
-        amount: a share (below 1), or a number of records; repeated images may add a few.
+        amount: a share (below 1), or a number of records; where images repeat, as many as whole images give.
         seed: of the choice.
 
     Returns:
@@ -122,21 +122,40 @@ def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> 
         raise UserError(
             f"validation_split {amount:g} holds out {wanted} of {len(rows)} records. Leave some on both sides."
         )
-    starts, keys = image_keys(index)
-    held = np.zeros(len(index), dtype=bool)
-    held[np.random.default_rng(seed).permutation(rows)[:wanted]] = True
-    row_of_image = np.repeat(np.arange(len(index)), np.diff(starts))
-    while True:  # the other records of these images, and of theirs
-        taken = np.zeros(keys.max() + 1 if len(keys) else 0, dtype=bool)
-        taken[keys[held[row_of_image]]] = True
-        more = np.unique(row_of_image[taken[keys]])
-        if held[more].all():
+    group = _groups(index)[rows]
+    order, sizes = np.random.default_rng(seed).permutation(group), np.bincount(group)
+    _, first = np.unique(order, return_index=True)
+    chosen = np.zeros(len(sizes), dtype=bool)
+    left = wanted
+    for one in order[np.sort(first)].tolist():
+        if sizes[one] <= left:
+            chosen[one] = True
+            left -= int(sizes[one])
+        if not left:
             break
-        held[more] = True
-    train, held_out = rows[~held[rows]], rows[held[rows]]
-    if not len(train):
-        raise UserError("validation_split: all records share images with held-out ones. Give eval_data_path instead.")
+    train, held_out = rows[~chosen[group]], rows[chosen[group]]
+    if not len(held_out):
+        raise UserError(
+            f"validation_split {amount:g} holds out {wanted} of {len(rows)} records, but every image comes in more: "
+            f"the fewest records that share no image with others are {sizes[sizes > 0].min()}. Hold out more, or give "
+            "eval_data_path instead."
+        )
     return train, held_out
+
+
+def _groups(index: SampleIndex) -> Rows:
+    """Return for each row a number that is equal for rows that share an image, and for those that share with these."""
+    starts, keys = image_keys(index)
+    row_of_image = np.repeat(np.arange(len(index)), np.diff(starts))
+    group = np.arange(len(index))
+    while True:  # every row takes the least number among the rows of its images
+        least = np.full(int(keys.max(initial=-1)) + 1, len(index))
+        np.minimum.at(least, keys, group[row_of_image])
+        lower = group.copy()
+        np.minimum.at(lower, row_of_image, least[keys])
+        if np.array_equal(lower, group):
+            return group
+        group = lower[lower]  # a short cut: the row of that number may know a lower one
 
 
 def without_quarantined(index: SampleIndex, file: Path | None) -> tuple[list[Rows], list[list[Fault]]]:
@@ -146,15 +165,17 @@ def without_quarantined(index: SampleIndex, file: Path | None) -> tuple[list[Row
         UserError: the file is not one, or was written for other contents.
     """
     listed = _read_quarantine(file) if file is not None else []
+    contents = {part.contents for part in index.parts}
+    names = {part.source.name for part in index.parts}
+    for line in listed:
+        if line["source"] in names and line["contents"] not in contents:
+            raise UserError(
+                f"{file}: was written for other contents of {line['source']}. Run `llavaforge data check` again."
+            )
     rows, faults = [], []
     for start, part in zip(index.starts, index.parts, strict=False):
-        mine = [line for line in listed if line["source"] == part.source.name]
-        for line in mine:
-            if line["contents"] != part.contents:
-                raise UserError(
-                    f"{file}: was written for other contents of {part.source.name}. Run `llavaforge data check` again."
-                )
-        bad = {(line["file"], line["row"]) for line in mine}
+        # Told by the contents: a path may be written in several ways, and two splits have the same path.
+        bad = {(line["file"], line["row"]) for line in listed if line["contents"] == part.contents}
         kept = np.ones(len(part), dtype=bool)
         kept[_numbers_of(part, bad)] = False
         rows.append(start + np.flatnonzero(kept))
@@ -164,10 +185,13 @@ def without_quarantined(index: SampleIndex, file: Path | None) -> tuple[list[Row
 
 def _read_quarantine(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        lines = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line.strip()]
         for line in lines:
-            _ = line["source"], line["contents"], line["file"], line["row"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(line[name], str) for name in ("source", "contents", "file")):
+                raise TypeError("source, contents and file are texts")
+            if type(line["row"]) is not int:
+                raise TypeError("row is a number")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file}: not a quarantine list ({type(error).__name__}: {error}). Write one with "
             "`llavaforge data check --quarantine FILE`."

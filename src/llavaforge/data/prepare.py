@@ -8,6 +8,7 @@ interrupted preparation is redone, and of two processes that want the same file 
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 2  # raise when a change of this package changes what the file holds
 _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a process
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
+_BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
 _IMAGE = pa.struct(
     [
         ("name", pa.string()),
@@ -80,13 +82,27 @@ def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, qui
         UserError: a file cannot be read at all.
     """
     fingerprint = _fingerprint(source, builder)
-    path = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{fingerprint[:16]}.arrow"
-    if not _is_current(path, source.images):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
-            if not _is_current(path, source.images):
+    first = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{fingerprint[:16]}.arrow"
+    if (path := _current(first, source.images)) is None:
+        first.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(first):
+            if (path := _current(first, source.images)) is None:
+                path = next(version for version in _versions(first) if not version.exists())
                 _prepare(source, builder, path, quiet)
     return path, fingerprint
+
+
+def _versions(path: Path) -> Iterator[Path]:
+    """Yield the names of an index: when a missing image was added, a new one is made, as the old one may be in use."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}-{number}.arrow")
+
+
+def _current(path: Path, images: ImageStore) -> Path | None:
+    """Return the newest version of an index that is of use still, if there is one."""
+    there = list(takewhile(Path.exists, _versions(path)))
+    return next((version for version in reversed(there) if _is_current(version, images)), None)
 
 
 def faults_of(path: Path) -> list[Fault]:
@@ -104,9 +120,7 @@ def records_of(source: Source) -> Iterator[Record]:
 
 
 def _is_current(path: Path, images: ImageStore) -> bool:
-    """Say whether an index is there, and no image that was missing then has been added since."""
-    if not path.is_file():
-        return False
+    """Say whether no image that was missing when an index was made has been added since."""
     missing = [fault.path for fault in faults_of(path) if fault.kind in ("missing_image", "unsafe_path")]
     for name in missing:
         with contextlib.suppress(RecordError):
@@ -131,11 +145,12 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: bool) -> None:
     logger.info("preparing %s", source.name)
-    for left_over in path.parent.glob(f"{path.stem}.tmp-*"):  # of a preparation that was killed: we hold the lock
+    # Of a preparation that was killed: we hold the lock.
+    for left_over in path.parent.glob(f"{glob.escape(path.stem)}.tmp-*"):
         left_over.unlink()
     data, faults = path.with_suffix(f".tmp-{os.getpid()}"), path.with_suffix(f".tmp-{os.getpid()}-faults")
     worker = _Worker(builder, source)
-    count = 0
+    num_records = 0
     try:
         with (
             pa.OSFile(str(data), "wb") as file,
@@ -147,9 +162,9 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
             for share, batch, found in _encoded(source, worker):
                 fault_file.writelines(json.dumps(asdict(fault)) + "\n" for fault in found)
                 gathered.append(batch)
-                count += batch.num_rows + len(found)
-                bar.update(count, share)
-                if sum(one.num_rows for one in gathered) >= _ROWS_PER_BATCH:
+                num_records += batch.num_rows + len(found)
+                bar.update(num_records, share)
+                if sum(one.num_rows for one in gathered) >= _ROWS_PER_BATCH or _size(gathered) >= _BYTES_PER_BATCH:
                     writer.write_batch(_joined(gathered))
                     gathered = []
             if gathered:
@@ -163,9 +178,15 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
         faults.unlink(missing_ok=True)
 
 
+def _size(batches: Sequence[pa.RecordBatch]) -> int:
+    return sum(batch.nbytes for batch in batches)
+
+
 def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     table = pa.Table.from_batches(batches).combine_chunks()
-    return table.to_batches()[0] if table.num_rows else batches[0]
+    joined = table.to_batches() or batches[:1]
+    assert len(joined) == 1, "Arrow splits what has too many bytes for one batch"
+    return joined[0]
 
 
 def _faults_file(path: Path) -> Path:
@@ -281,6 +302,7 @@ def _fingerprint(source: Source, builder: SampleBuilder | None) -> str:
     root = source.images.root
     parts: dict[str, Any] = {
         "format": [_FORMAT, source.entry.format, source.entry.max_samples],
+        "files": source.file_names,  # of .jsonl lines are counted, of .json rows
         "data": contents_of(source),
         "archive": archives.fingerprint(root) if root.suffix in ARCHIVES else None,
     }

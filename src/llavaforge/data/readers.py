@@ -9,8 +9,9 @@ import gzip
 import io
 import json
 import posixpath
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import IO, Any, BinaryIO, NoReturn
 import pyarrow as pa
 
 from llavaforge.data import archives, columns
-from llavaforge.data.records import ImageRef
+from llavaforge.data.records import IMAGE_KEYS, ImageRef
 from llavaforge.errors import UserError
 
 _PIECE = 4 << 20  # characters read at a time
+_LONGEST_TOKEN = 16  # characters of `-Infinity`, of `\ud83d\ude00`: what may be cut at the end of a piece
 _JSON_LINES = (".jsonl", ".ndjson")
 _TEXT_MEMBERS = {"txt": "caption", "text": "caption", "caption": "caption"}
 _IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "ppm")
@@ -99,7 +101,7 @@ def _opened(path: Path, container: int) -> Iterator[tuple[Iterator[tuple[int, An
     try:
         with open(path, "rb") as file:
             if path.suffix in columns.SUFFIXES:
-                yield columns.read_rows(path, container), lambda: 0.0
+                yield _counted(columns.read_rows(path, container), columns.num_rows(path))
             elif path.suffix == ".tar":
                 yield enumerate(_tar_rows(path, file, container)), lambda: file.tell() / size
             else:
@@ -108,6 +110,19 @@ def _opened(path: Path, container: int) -> Iterator[tuple[Iterator[tuple[int, An
         raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from None
     except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}). Download it again.") from None
+
+
+def _counted(pairs: Iterator[tuple[int, Any]], total: int) -> tuple[Iterator[tuple[int, Any]], Callable[[], float]]:
+    """Return numbered rows, and a function that tells how much of them was read."""
+    last = -1
+
+    def counted() -> Iterator[tuple[int, Any]]:
+        nonlocal last
+        for pair in pairs:
+            last = pair[0]
+            yield pair
+
+    return counted(), lambda: (last + 1) / max(total, 1)
 
 
 def _text_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -162,7 +177,7 @@ class _ListSplitter:
     def __init__(self, path: Path, text: IO[str], start: str) -> None:
         self._path, self._text = path, text
         self._buffer, self._position = start, 0
-        self._line = 1  # number of the buffer's first line
+        self._line, self._column = 1, 1  # of the buffer's first character
         self._decoder = json.JSONDecoder()
         self._at_end = False
 
@@ -171,9 +186,8 @@ class _ListSplitter:
             kind = "an empty file" if not first else "something else"
             raise UserError(f"{self._path}: expected a JSON list of rows, found {kind}.")
         self._position += 1
-        if self._next_character() == "]":
-            return
-        while True:
+        at_end = self._next_character() == "]"
+        while not at_end:
             self._next_character()
             end = self._end_of_element()
             yield self._buffer[self._position : end]
@@ -181,24 +195,24 @@ class _ListSplitter:
             separator = self._next_character()
             if separator not in (",", "]"):
                 self._fail("expecting ',' or ']' after a row", self._position)
-            self._position += 1
-            if separator == "]":
-                if self._next_character():
-                    self._fail("extra data after the list", self._position)
-                return
+            at_end = separator == "]"
+            self._position += not at_end
+        self._position += 1
+        if self._next_character():
+            self._fail("extra data after the list", self._position)
 
     def _end_of_element(self) -> int:
         while True:
             try:
                 _, end = self._decoder.raw_decode(self._buffer, self._position)
-            except RecursionError:
-                self._fail("nested too deeply", self._position)
             except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
+                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - _LONGEST_TOKEN
                 if not cut_off or not self._read_more():
                     self._fail(error.msg, error.pos)
+            except (RecursionError, ValueError) as error:  # nested too deeply; a number of more than 4,300 digits
+                self._fail(str(error), self._position)
             else:
-                if end < len(self._buffer) or not self._read_more():  # a number could go on
+                if end < len(self._buffer) - _LONGEST_TOKEN or not self._read_more():  # a number could go on
                     return end
 
     def _next_character(self) -> str:
@@ -214,16 +228,24 @@ class _ListSplitter:
     def _read_more(self) -> bool:
         if self._at_end:
             return False
-        self._line += self._buffer.count("\n", 0, self._position)
         more = self._text.read(max(_PIECE, len(self._buffer) - self._position))
+        if not more:  # the buffer stays as it is: a caller holds places in it
+            self._at_end = True
+            return False
+        self._line, self._column = self._place(self._position)
         self._buffer = self._buffer[self._position :] + more
         self._position = 0
-        self._at_end = not more
-        return bool(more)
+        return True
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Return line and column, from 1, of a place in the buffer."""
+        num_lines = self._buffer.count("\n", 0, position)
+        if not num_lines:
+            return self._line, self._column + position
+        return self._line + num_lines, position - self._buffer.rfind("\n", 0, position)
 
     def _fail(self, message: str, position: int) -> NoReturn:
-        line = self._line + self._buffer.count("\n", 0, position)
-        column = position - self._buffer.rfind("\n", 0, position)
+        line, column = self._place(position)
         raise UserError(
             f"{self._path}:{line}:{column}: malformed JSON: {message}. "
             "Mend that place (a cut-off download ends in the middle of a row)."
@@ -234,29 +256,32 @@ def _tar_rows(path: Path, file: BinaryIO, container: int) -> Iterator[Any]:
     """Yield the samples of a WebDataset tar: members in a row that share a name up to its first dot."""
     opened = archives.OpenFile(path)  # its reads leave the place of `file`
     key: str | None = None
-    members: dict[str, ImageRef | bytes] = {}
+    members: list[tuple[str, ImageRef | bytes]] = []
     for member in archives.tar_members(path, file):
-        folder, base = posixpath.split(member.name)
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        folder, base = posixpath.split(name)
         stem, _, extension = base.partition(".")
         if posixpath.join(folder, stem) != key:
             if key is not None and members:
                 yield _tar_row(key, members)
-            key, members = posixpath.join(folder, stem), {}
+            key, members = posixpath.join(folder, stem), []
         extension = extension.lower()
         if extension.rsplit(".", 1)[-1] in _IMAGE_MEMBERS:
-            members[extension] = ImageRef(member.name, container, member.offset_data, member.size)
+            members.append((extension, ImageRef(name, container, member.offset_data, member.size)))
         elif extension == "json" or extension in _TEXT_MEMBERS:
-            members[extension] = archives.read_at(opened, member.offset_data, member.size)
+            members.append((extension, archives.read_at(opened, member.offset_data, member.size)))
     if key is not None and members:
         yield _tar_row(key, members)
 
 
-def _tar_row(key: str, members: dict[str, Any]) -> Any:
+def _tar_row(key: str, members: Sequence[tuple[str, ImageRef | bytes]]) -> Any:
+    if len(dict(members)) < len(members):
+        return Malformed(f"{key}: a member comes twice. Give each sample a name of its own (up to the first dot).")
     row: dict[str, Any] = {"__key__": key}
-    images = []
-    for extension, value in members.items():
+    images: dict[str, ImageRef] = {}
+    for extension, value in members:
         if isinstance(value, ImageRef):
-            images.append(value)
+            images[extension] = value
             continue
         try:
             text = value.decode("utf-8-sig")
@@ -270,5 +295,25 @@ def _tar_row(key: str, members: dict[str, Any]) -> Any:
             return parsed if isinstance(parsed, Malformed) else Malformed(f"{key}.json is not an object.")
         row = {**parsed, **row}
     if images:
-        row = {name: value for name, value in row.items() if name not in ("image", "images")} | {"images": images}
+        named = next((row.pop(name) for name in IMAGE_KEYS if row.get(name) is not None), None)
+        row = {name: value for name, value in row.items() if name not in IMAGE_KEYS}
+        row["images"] = _in_order(images, named)
     return row
+
+
+def _in_order(images: dict[str, ImageRef], named: Any) -> list[ImageRef]:
+    """Return a sample's images in the order in which its JSON names them, or else by their extensions' numbers.
+
+    (`tar --sort=name` puts 10.jpg before 2.jpg.)
+    """
+    by_name = {
+        name: ref for extension, ref in images.items() for name in (ref.name, posixpath.basename(ref.name), extension)
+    }
+    names = named if isinstance(named, list) else [named]
+    if names and all(isinstance(name, str) and name in by_name for name in names):
+        return [by_name[name] for name in names]
+    return [images[extension] for extension in sorted(images, key=_by_numbers)]
+
+
+def _by_numbers(extension: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", extension)]

@@ -40,8 +40,10 @@ ROLES: dict[str, Role] = {
 # A caption has no question. This one is of the list in LLaVA's paper (Liu et al., 2023, table 11).
 CAPTION_PROMPT = "Provide a brief description of the given image."
 
-_IMAGE_KEYS = ("images", "image", "jpg", "jpeg", "png", "webp")
+IMAGE_KEYS = ("images", "image", "jpg", "jpeg", "png", "webp")
 _CAPTION_KEYS = ("caption", "text", "txt")
+FIELDS = ("id", "__key__", "conversations", "messages", "system", *IMAGE_KEYS, *_CAPTION_KEYS)
+"""All fields of a row that are looked at."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -103,6 +105,7 @@ def parse_record(row: Any, format_: str = "auto") -> Record:
     parse = FORMATS[detect_format(row) if format_ == "auto" else format_]
     images, turns, num_literals = parse(row)
     turns = tuple(Turn(turn.role, turn.text.strip()) for turn in turns)
+    _check_text(turns, images)
     _check_order(turns)
     _check_placeholders(turns, images)
     num_literals += sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role != "user")
@@ -112,7 +115,9 @@ def parse_record(row: Any, format_: str = "auto") -> Record:
 def id_of(row: Any) -> str:
     """Return a row's own id, or an empty text."""
     value = row.get("id", row.get("__key__")) if isinstance(row, dict) else None
-    return "" if value is None or isinstance(value, (dict, list)) else str(value)
+    if value is None or isinstance(value, (dict, list)):
+        return ""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def detect_format(row: dict[str, Any]) -> str:
@@ -233,7 +238,7 @@ FORMATS: dict[str, Callable[[dict[str, Any]], _Parsed]] = {
 
 
 def _images_of(row: dict[str, Any]) -> list[ImageRef]:
-    key = next((key for key in _IMAGE_KEYS if row.get(key) is not None), None)
+    key = next((key for key in IMAGE_KEYS if row.get(key) is not None), None)
     if key is None:
         return []
     value = row[key]
@@ -257,6 +262,18 @@ def _role(value: Any) -> Role:
     if not isinstance(value, str) or value not in ROLES:
         raise RecordError("unknown_role", f"unknown role {value!r:.80}. Allowed: {', '.join(ROLES)}.")
     return ROLES[value]
+
+
+def _check_text(turns: Sequence[Turn], images: Sequence[ImageRef]) -> None:
+    for text in (*(turn.text for turn in turns), *(image.name for image in images)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RecordError(
+                "malformed_row",
+                f"a text holds half of a character ({text[error.start]!r}), which UTF-8 cannot write. Write the whole "
+                "surrogate pair, or remove the row.",
+            ) from None
 
 
 def _check_order(turns: Sequence[Turn]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PRELOADED = ["llavaforge.data.loader", "llavaforge.data.prepare", "llavaforge.data.doctor"]
+_PRELOADED = ["llavaforge.data.preload"]
 
 
 def context() -> ForkServerContext:

@@ -45,8 +45,7 @@ def _head(preview: Preview) -> Iterator[Text]:
         for name, records, samples, supervised in preview.data_sets:
             yield Text(f"  {visible(name)}: {records:,} records, {samples:,} samples, {supervised:,} supervised tokens")
     if preview.faults:
-        records = "1 faulty record" if len(preview.faults) == 1 else f"{count(len(preview.faults))} faulty records"
-        yield Text(f"{records}; see `llavaforge data check`:", "bold red")
+        yield Text(f"{_counted(len(preview.faults), 'faulty record')}; see `llavaforge data check`:", "bold red")
         for fault in preview.faults[:_MOST_FAULTS]:
             yield Text(f"  {visible(str(fault))}")
 
@@ -98,6 +97,10 @@ def _style(piece: Piece) -> str:
     return "reverse magenta" if piece.num_image_tokens else "yellow" if piece.is_special else ""
 
 
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def _legend() -> Text:
     names = ((_IMAGE, "image"), (_PROMPT, "prompt"), (_LEARNT, "supervised"), (_BORDER, "next sample"))
     words = [("Packing (step.micro-batch): ", "bold")]
@@ -112,7 +115,7 @@ def _bar(bar: Bar, most_tokens: int, width: int) -> Text:
     for cell in cells.ljust(width):
         text.append(cell, _STYLES.get(cell, ""))
     tokens, supervised, samples = bar.num_tokens, bar.total("supervised"), len(bar.segments)
-    return text.append(f" {tokens:>6,} tokens {supervised:>6,} supervised {samples:>4,} samples")
+    return text.append(f" {tokens:>6,} tokens {supervised:>6,} supervised  {_counted(samples, 'sample')}")
 
 
 def _cells(segments: list[Segment], tokens_per_cell: float) -> str:

@@ -61,7 +61,7 @@ class BadSamples:
         return len(self._left_out) + len(self._seen)
 
     def add(self, step: int, faults: Sequence[Fault], held_out: bool = False) -> None:
-        """Leave out the samples of a step.
+        """Leave out the samples of a step; each is listed once, with the first step that met it.
 
         Raises:
             UserError: they are more than `max_bad_samples` now.
@@ -79,7 +79,7 @@ class BadSamples:
         for fault in new.values():
             logger.warning("left out: %s", fault)
         with self._path.open("a") as file:
-            file.writelines(_line(step, held_out, fault) + "\n" for fault in faults)
+            file.writelines(_line(step, held_out, fault) + "\n" for fault in new.values())
 
     def tell(self) -> None:
         """Say at the end what was left out."""

@@ -203,8 +203,7 @@ def _open_data(config: TrainConfig, loaded: LoadedModel) -> _Data:
 
 def _plan(config: TrainConfig, data: _Data, flops: FlopCounter, world: World) -> Plan:
     index, num_samples = data.index, len(data.mixture)
-    per_step = config.max_samples_per_batch * (config.gradient_accumulation_steps or 1) * world.size
-    global_batch_size = _frozen_batch_size(config) or config.global_batch_size or per_step
+    global_batch_size = _frozen_batch_size(config) or config.samples_per_step(world.size)
     check_world(global_batch_size, num_samples, world.size)
     if global_batch_size > num_samples and world.is_writer:
         logger.warning("a global batch of %d is more than all %d records: some repeat", global_batch_size, num_samples)

@@ -1,6 +1,6 @@
 """`llavaforge data check`: the doctor. What is wrong with the data, where, and what to do about it.
 
-Comes in: data as in a recipe, and the model it is for. Goes out: a table on stderr, the result, `report.html` and
+Comes in: data as in a recipe, and the model it is for. Goes out: the findings on stderr, the result, `report.html` and
 `findings.jsonl` with `--report`, and the list that `train --quarantine` takes. One line of findings.jsonl:
 
     {"kind": "truncated_image", "severity": "error", "source": "data", "record": "chat.json row 17 (id 'a')",
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from llavaforge.config.schema import DataCheckConfig, DataEntry
@@ -31,7 +30,7 @@ from llavaforge.model_folder.verify import num_placeholders
 from llavaforge.report.charts import histogram
 from llavaforge.report.page import render
 
-_EXAMPLES_IN_TABLE, _EXAMPLES_IN_REPORT = 3, 20
+_EXAMPLES_SHOWN, _EXAMPLES_IN_REPORT = 3, 20
 
 
 def data_check(config: DataCheckConfig) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _outlook(
     for first, last in zip(index.starts, index.starts[1 : len(config.entries) + 1], strict=False):
         rows.append(first + np.flatnonzero(~held_out[first:last]))
     mixture = mix(config.entries, rows, config.seed)
-    batch = min(config.global_batch_size or config.max_samples_per_batch, len(mixture))
+    batch = min(config.samples_per_step(), len(mixture))
     return forecast(
         Plan(
             mixture=mixture,
@@ -113,20 +112,20 @@ def _outlook(
 
 
 def _show(found: Diagnosis) -> None:
-    """Print what was found, by kind, with examples and remedies."""
-    console = Console(stderr=True)
+    """Print what was found, by kind, with remedies and examples."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
     if not found.counts:
         console.print("No faults found.", style="green")
-        return
-    table = Table(title="Findings", title_justify="left", show_lines=True)
-    for heading in ("kind", "count", "for example", "what to do"):
-        table.add_column(heading, justify="right" if heading == "count" else "left", overflow="fold")
     for kind, count, examples in _by_kind(found):
-        style = "red" if KINDS[kind].severity == "error" else "yellow"
-        shown = "\n".join(str(finding.fault) for finding in examples[:_EXAMPLES_IN_TABLE])
-        title = f"{KINDS[kind].title}\n({KINDS[kind].severity}: {kind})"
-        table.add_row(Text(title, style=style), f"{count:,}", Text(shown), KINDS[kind].remedy)
-    console.print(table)
+        known = KINDS[kind]
+        style = "bold red" if known.severity == "error" else "bold yellow"
+        console.print(
+            Text.assemble((f"{count:,} x {known.title}", style), f"  ({known.severity}: {kind})  {known.remedy}")
+        )
+        for finding in examples[:_EXAMPLES_SHOWN]:
+            console.print(Text(f"    {finding.fault}"))
+        if count > _EXAMPLES_SHOWN:
+            console.print(f"    ... and {count - _EXAMPLES_SHOWN:,} more")
 
 
 def _by_kind(found: Diagnosis) -> Iterable[tuple[str, int, list[Finding]]]:
