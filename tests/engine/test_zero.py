@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,20 @@ def test_the_contract_is_told_once(two_ranks: RankPool, tiny_llava: Path, shapes
     assert [answer["code"] for answer in answers] == [2, 2]
     assert "projector should learn but did not move" in answers[0]["message"]
     assert answers[1]["error"] == "EndedElsewhere"
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_bad_images_are_left_out_as_in_one_process(
+    stage: str, two_ranks: RankPool, tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(shapes / "train", tmp_path / "data"))
+    rows = json.loads((data / "chat.json").read_text())
+    for row in rows[:20:3]:  # with two samples a micro-batch, some hold bad ones only
+        (data / "images" / row["image"]).write_bytes(b"<html>not found</html>")
+    values = options(on_bad_sample="skip", max_grad_norm=0, eval_data_path=data, eval_steps=3)
+    whole = train(train_config(tiny_llava, data, tmp_path / "one", **values))
+    result = two_ranks.train(train_config(tiny_llava, data, tmp_path / "two", deepspeed=stage, **values))
+    assert result["num_bad_samples"] == whole["num_bad_samples"] == 7
+    assert_same_curve(tmp_path / "one", tmp_path / "two")
+    listed = [sorted((tmp_path / run / "bad_samples.jsonl").read_text().splitlines()) for run in ("one", "two")]
+    assert listed[0] == listed[1] and len(listed[0]) == 7
