@@ -35,8 +35,9 @@ from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data import workers
 from llavaforge.data.doctor import examine
 from llavaforge.data.image_store import ImageStore
-from llavaforge.data.images import Preprocessing, decode
+from llavaforge.data.images import decode
 from llavaforge.data.index import open_index
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.data.records import ImageRef
 
 # Workers import the main module of the process that asks for them; `llavaforge train` has a light one too.

@@ -17,11 +17,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from bench.qwen import qwen_tokenizer
 from llavaforge.config.schema import DataEntry
-from llavaforge.data.images import Preprocessing
 from llavaforge.data.index import IndexPart, SampleIndex
 from llavaforge.data.loader import PackDataset, loading
 from llavaforge.data.plan import MicroBatch
 from llavaforge.data.prepare import prepared
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.data.sample import SampleBuilder
 from llavaforge.data.sources import find_source
 from llavaforge.data.template import ChatTemplate

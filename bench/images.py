@@ -24,7 +24,8 @@ import numpy.typing as npt
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llavaforge.data.images import Preprocessing, decode
+from llavaforge.data.images import decode
+from llavaforge.data.preprocessing import Preprocessing
 
 SIZE = 336
 # One level of 256 is 0.0145 after normalisation: this tells equal pixels from unequal ones.

@@ -23,11 +23,11 @@ from llavaforge.data.images import (
     ImageFacts,
     ImageTooLarge,
     NotAnImage,
-    Preprocessing,
     TruncatedImage,
     decode,
     inspect,
 )
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.errors import UserError
 from llavaforge.model.tower import normalize
 

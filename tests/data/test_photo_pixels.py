@@ -12,7 +12,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llavaforge.data.images import Preprocessing, decode
+from llavaforge.data.images import decode
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.model.tower import normalize
 
 PHOTOS = Path(os.environ.get("LLAVAFORGE_PHOTOS", Path(__file__).parents[3] / "shared" / "data" / "photos")) / "images"

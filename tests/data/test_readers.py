@@ -462,6 +462,6 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "large" / name).stat().st_size > 60e6
     files = [str(tmp_path / folder / name) for folder in ("small", "large")]
     ran = subprocess.run([sys.executable, "-c", READS_ALL, *files], capture_output=True, text=True, check=True)
-    num_rows, grown_mb = ran.stdout.split()
-    assert int(num_rows) == 55_000
+    num_read, grown_mb = ran.stdout.split()
+    assert int(num_read) == 55_000
     assert float(grown_mb) < 8

@@ -101,7 +101,7 @@ def inline(name: str) -> str:
 
 def in_columns(one: bool = False, as_bytes: bool = True) -> Rows:
     """The rows with their images' bytes, for Arrow; every row has the same fields."""
-    rows = []
+    rows: Rows = []
     for (_, images, _), row in zip(PARSED, llava(), strict=True):
         embedded = [{"bytes": IMAGES[name] if as_bytes else None, "path": name} for name in images]
         row.pop("image", None)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.images import Preprocessing
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.data.index import Row
 from llavaforge.data.pack import Pack, make_pack
 from llavaforge.data.records import ImageRef

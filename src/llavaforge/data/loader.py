@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from llavaforge.data import workers
 from llavaforge.data.faults import Fault, RecordError
-from llavaforge.data.images import ImageError, Preprocessing, decode
+from llavaforge.data.images import ImageError, decode
 from llavaforge.data.index import Row, SampleIndex
 from llavaforge.data.pack import BadSample, Pack, make_pack
 from llavaforge.data.plan import MicroBatch
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.errors import UserError
 
 _PREFETCH = 4  # packs each worker keeps ready
@@ -60,7 +61,7 @@ class PackDataset(Dataset[Pack]):
             except BadImage as error:
                 if not self.mutes_bad:
                     raise UserError(str(error.fault)) from None
-                pixels += [_blank(self.preprocessing)] * len(row.images)
+                pixels += [self.preprocessing.blank()] * len(row.images)
                 bad.append(BadSample(number, int(self.index.num_supervised[number]), error.fault))
         return make_pack(rows, pixels, self.image_token_id, self.num_image_tokens, source, bad)
 
@@ -78,14 +79,8 @@ class PackDataset(Dataset[Pack]):
                 raise BadImage(row.fault(error)) from None
             except ImageError as error:
                 raise BadImage(row.fault(RecordError(error.kind, str(error), row.images[number].name))) from None
-            pixels.append(_blank(self.preprocessing) if self.blank_image else image)
+            pixels.append(self.preprocessing.blank() if self.blank_image else image)
         return pixels
-
-
-def _blank(preprocessing: Preprocessing) -> np.ndarray:
-    size = preprocessing.crop or preprocessing.resize
-    height, width = size if isinstance(size, tuple) else (size, size)
-    return np.full((3, height, width), 127, dtype=np.uint8)
 
 
 class BadImage(Exception):

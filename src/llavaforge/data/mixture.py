@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from llavaforge.config.schema import DataEntry
+from llavaforge.config.schema import DataEntry, DataOptions
 from llavaforge.data.faults import Fault
 from llavaforge.data.index import IndexPart, SampleIndex
 from llavaforge.errors import UserError
@@ -81,6 +81,27 @@ class Mixture:
         return table
 
 
+def deal(options: DataOptions, index: SampleIndex, rows: Sequence[Rows]) -> tuple[Mixture, Rows]:
+    """Hold out what `validation_split` asks for, and mix the rest.
+
+    Args:
+        options: the data sets and their weights.
+        index: all data.
+        rows: for each data set, the rows of the index that may be used.
+
+    Returns:
+        The mixture to train on, and the rows that are held out (none without `validation_split`).
+
+    Raises:
+        UserError: nothing is left on one of the sides.
+    """
+    if not options.validation_split:
+        return mix(options.entries, rows, options.seed), np.zeros(0, dtype=np.int64)
+    train, held_out = split_held_out(index, np.concatenate(rows), options.validation_split, options.seed)
+    kept = [np.intersect1d(mine, train, assume_unique=True) for mine in rows]
+    return mix(options.entries, kept, options.seed), held_out
+
+
 def mix(entries: Sequence[DataEntry], rows: Sequence[Rows], seed: int) -> Mixture:
     """Deal the rows of data sets into epochs, by their weights or repeats.
 
@@ -137,8 +158,8 @@ def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> 
     if not len(held_out):
         raise UserError(
             f"validation_split {amount:g} holds out {wanted} of {len(rows)} records, but every image comes in more: "
-            f"the fewest records that share no image with others are {sizes[sizes > 0].min()}. Hold out more, or give "
-            "eval_data_path instead."
+            f"the fewest records that share no image with others are {sizes[sizes > 0].min()}. Hold out at least so "
+            "many, or give eval_data_path instead."
         )
     return train, held_out
 
@@ -176,6 +197,11 @@ def without_quarantined(index: SampleIndex, file: Path | None) -> tuple[list[Row
     for start, part in zip(index.starts, index.parts, strict=False):
         # Told by the contents: a path may be written in several ways, and two splits have the same path.
         bad = {(line["file"], line["row"]) for line in listed if line["contents"] == part.contents}
+        if renamed := {name for name, _ in bad} - set(part.source.file_names):
+            raise UserError(
+                f"{file}: names {min(renamed)}, but that file of {part.source.name} is called "
+                f"{', '.join(part.source.file_names[:3])} now. Run `llavaforge data check` again."
+            )
         kept = np.ones(len(part), dtype=bool)
         kept[_numbers_of(part, bad)] = False
         rows.append(start + np.flatnonzero(kept))
@@ -204,8 +230,6 @@ def _numbers_of(part: IndexPart, places: set[tuple[str, int]]) -> Rows:
     files, names = part.numbers("file"), part.source.file_names
     rows, found = part.numbers("row"), []
     for file, row in places:
-        if file not in names:
-            continue
         first, last = np.searchsorted(files, [names.index(file), names.index(file) + 1])
         at = first + int(np.searchsorted(rows[first:last], row))
         if at < last and rows[at] == row:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llavaforge.data.images import Preprocessing
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.join.sources import resolve
 from llavaforge.model_folder.read import read_processor
 from llavaforge.model_folder.verify import load_verified, num_placeholders

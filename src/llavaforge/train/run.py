@@ -9,7 +9,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,12 @@ from llavaforge import __version__
 from llavaforge.checkpoint import resume
 from llavaforge.checkpoint.publish import faults, fingerprint
 from llavaforge.checkpoint.state import load_run
-from llavaforge.config.schema import DataEntry, TrainConfig
-from llavaforge.data.faults import Fault
-from llavaforge.data.index import SampleIndex, open_index, refuse, refuse_missing
-from llavaforge.data.mixture import Mixture, Rows, mix, split_held_out, without_quarantined
+from llavaforge.config.schema import TrainConfig
+from llavaforge.data.mixture import Rows
 from llavaforge.data.plan import Plan, check_world, num_steps
 from llavaforge.engine import zero_config
 from llavaforge.engine.launch import num_processes, open_engine
 from llavaforge.engine.world import World, open_world
-from llavaforge.errors import UserError
 from llavaforge.join.projector import check_projector, read_projector
 from llavaforge.join.sources import resolve
 from llavaforge.model.flops import FlopCounter
@@ -36,9 +32,10 @@ from llavaforge.model.load import LoadedModel, compute_dtype, load_model
 from llavaforge.model.trainable import LEARNS, learning_rate, lora_options, select
 from llavaforge.model_folder.read import read_config
 from llavaforge.train import finish, stages
-from llavaforge.train.bad_samples import BadSamples, accept
+from llavaforge.train.bad_samples import BadSamples
+from llavaforge.train.opening import OpenedData, open_data
 from llavaforge.train.signals import StopRequest
-from llavaforge.train.trainer import HeldOut, Trainer
+from llavaforge.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +87,7 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
     groups = world.together(lambda: select(loaded.model, config))
     flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     world.at("opening the data")
-    data = world.first_on_host(lambda: _open_data(config, loaded))
+    data = world.first_on_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
     if len(config.entries) > 1:
         console.print(data.mixture.table(config.entries, data.index.num_supervised))
     plan = world.together(lambda: _plan(config, data, flops, world))
@@ -162,46 +159,7 @@ def _load(config: TrainConfig) -> LoadedModel:
     return loaded
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The training samples, what of them an epoch holds, what is held out, and the records that are left out."""
-
-    index: SampleIndex
-    mixture: Mixture
-    held_out: HeldOut | None
-    left_out: list[Fault]
-
-
-def _open_data(config: TrainConfig, loaded: LoadedModel) -> _Data:
-    def opened(entries: Sequence[DataEntry]) -> tuple[SampleIndex, list[Rows], list[Fault]]:
-        index = open_index(entries, loaded.processor, loaded.num_image_tokens, config)
-        rows, faults = without_quarantined(index, config.quarantine)
-        for part, mine in zip(index.parts, faults, strict=True):
-            if config.on_bad_sample == "stop":
-                refuse(mine, len(part) + len(part.faults), part.source.name)
-                refuse_missing(part)
-        left_out = [fault for mine in faults for fault in mine]
-        accept(" and ".join(part.source.name for part in index.parts), left_out, config.max_bad_samples)
-        return index, rows, left_out
-
-    index, rows, left_out = opened(config.entries)
-    if not index.num_images.any():
-        raise UserError(
-            f"{index.parts[0].source.name}: no record has an image, so the projector would learn nothing. "
-            "Add image-text data."
-        )
-    held_out = None
-    if config.eval_data_path is not None:
-        other, other_rows, more = opened([DataEntry(path=config.eval_data_path)])
-        held_out, left_out = HeldOut(other, np.concatenate(other_rows)), left_out + more
-    elif config.validation_split:
-        train, kept = split_held_out(index, np.concatenate(rows), config.validation_split, config.seed)
-        rows = [np.intersect1d(mine, train, assume_unique=True) for mine in rows]
-        held_out = HeldOut(index, kept)
-    return _Data(index, mix(config.entries, rows, config.seed), held_out, left_out)
-
-
-def _plan(config: TrainConfig, data: _Data, flops: FlopCounter, world: World) -> Plan:
+def _plan(config: TrainConfig, data: OpenedData, flops: FlopCounter, world: World) -> Plan:
     index, num_samples = data.index, len(data.mixture)
     global_batch_size = _frozen_batch_size(config) or config.samples_per_step(world.size)
     check_world(global_batch_size, num_samples, world.size)
@@ -237,7 +195,7 @@ def _frozen_batch_size(config: TrainConfig) -> int | None:
     return int(begun["identity"]["global_batch_size"])
 
 
-def _describe(config: TrainConfig, loaded: LoadedModel, data: _Data, plan: Plan) -> dict[str, Any]:
+def _describe(config: TrainConfig, loaded: LoadedModel, data: OpenedData, plan: Plan) -> dict[str, Any]:
     """Return what identifies the run, and what a reader of its folders needs."""
     values = config.model_dump(mode="json")
     identity = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}

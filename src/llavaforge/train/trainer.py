@@ -8,12 +8,9 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 
@@ -35,6 +32,7 @@ from llavaforge.model.trainable import LEARNS, Group, learning_rate
 from llavaforge.train.bad_samples import BadSamples
 from llavaforge.train.contract import STEPS_BEFORE_PROOF, Contract, show_groups, show_sample
 from llavaforge.train.metrics import MetricsFile, ProgressBar, draw_curve, peak_flops
+from llavaforge.train.opening import HeldOut
 from llavaforge.train.schedule import rate_factor, warmup
 from llavaforge.train.signals import StopRequest
 from llavaforge.train.state import TrainState
@@ -43,14 +41,6 @@ from llavaforge.train.trackers import open_tracker
 logger = logging.getLogger(__name__)
 
 _MOST_SKIPPED_IN_A_ROW = 3
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out data: an index and the rows of it that are evaluated."""
-
-    index: SampleIndex
-    rows: npt.NDArray[np.int64]
 
 
 class Trainer:

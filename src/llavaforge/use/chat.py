@@ -7,7 +7,8 @@ import torch
 
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import ChatConfig, SampleOptions
-from llavaforge.data.images import Pixels, decode
+from llavaforge.data.images import decode
+from llavaforge.data.preprocessing import Pixels
 from llavaforge.data.records import IMAGE_PLACEHOLDER, Turn
 from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError

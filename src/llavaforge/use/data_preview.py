@@ -10,18 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 
 from llavaforge.config.schema import DataEntry, DataPreviewConfig
 from llavaforge.data.faults import Fault
-from llavaforge.data.images import Preprocessing
 from llavaforge.data.index import SampleIndex, open_index
 from llavaforge.data.loader import PackDataset
-from llavaforge.data.mixture import Mixture, mix, split_held_out, without_quarantined
+from llavaforge.data.mixture import Mixture, deal, without_quarantined
 from llavaforge.data.plan import MicroBatch, Plan
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.errors import UserError
 from llavaforge.join.sources import resolve
 from llavaforge.model.flops import FlopCounter
@@ -87,12 +86,8 @@ def _open_data(config: DataPreviewConfig, loaded: LoadedModel) -> _Data:
     faults = [fault for mine in faults_of_parts for fault in mine]
     if not any(len(mine) for mine in rows):
         raise UserError(_nothing_sound(config.entries, faults))
-    num_held_out = 0
-    if config.validation_split:
-        train, held_out = split_held_out(index, np.concatenate(rows), config.validation_split, config.seed)
-        rows = [np.intersect1d(mine, train, assume_unique=True) for mine in rows]
-        num_held_out = len(held_out)
-    return _Data(index, mix(config.entries, rows, config.seed), faults, num_held_out)
+    mixture, held_out = deal(config, index, rows)
+    return _Data(index, mixture, faults, len(held_out))
 
 
 def _nothing_sound(entries: Sequence[DataEntry], faults: list[Fault]) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from llavaforge.config.schema import SampleOptions
-from llavaforge.data.images import Pixels
 from llavaforge.data.index import sample_builder
+from llavaforge.data.preprocessing import Pixels
 from llavaforge.data.records import Turn
 from llavaforge.model.attention import stock_attention
 from llavaforge.model.load import LoadedModel
