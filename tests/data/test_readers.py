@@ -267,6 +267,27 @@ def test_no_row_of_json_crashes_or_passes_unnoticed(
     assert_all_accounted_for(index, list(range(1, len(rows) + 1)), loaded_llava.image_token_id)
 
 
+@pytest.mark.parametrize("field", ["value", "image", "id"])
+def test_half_a_surrogate_pair_is_a_fault_of_its_row(
+    field: str, open_: Callable[..., SampleIndex], tmp_path: Path
+) -> None:
+    """JSON can write what UTF-8, and so Arrow and the tokenizer, cannot."""
+    row = {
+        "id": "x",
+        "image": "a.jpg",
+        "conversations": [{"from": "human", "value": "<image>"}, *ROW["conversations"][1:]],
+    }
+    spoiled = json.loads(json.dumps(row))
+    (spoiled["conversations"][1] if field == "value" else spoiled)[field] = "a.jpg\ud83d"
+    (tmp_path / "a.jpg").write_bytes(b"not looked at here")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(spoiled))
+    index = open_(tmp_path / "rows.jsonl", tmp_path)
+    if field == "id":  # only told to people
+        assert [index.row(number).id for number in range(2)] == ["x", "a.jpg?"]
+    else:
+        assert [(fault.kind, fault.row) for fault in index.parts[0].faults] == [("malformed_row", 2)]
+
+
 def or_none(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(st.none(), strategy, strategy, strategy)
 

@@ -531,6 +531,9 @@ LAYOUTS: list[tuple[list[str], str | None, list[str] | str]] = [
     (["train.jsonl", "test.jsonl"], None, ["train.jsonl"]),
     (["train.jsonl", "test.jsonl.gz"], "test", ["test.jsonl.gz"]),
     (["train.jsonl", "test.jsonl"], "tset", r"no split 'tset'.*test\.jsonl, train\.jsonl"),
+    (["train-00000-of-00002.jsonl.gz", "train-00001-of-00002.jsonl.gz", "test-00000-of-00001.jsonl.gz"], None,
+     ["train-00000-of-00002.jsonl.gz", "train-00001-of-00002.jsonl.gz"]),
+    (["train-00000-of-00002.json", "test-00000-of-00001.json"], "test", ["test-00000-of-00001.json"]),
     (["000.tar", "001.tar", "images.tar"], None, ["000.tar", "001.tar"]),
     (["train-0.tar", "train-1.tar", "val-0.tar"], None, ["train-0.tar", "train-1.tar"]),
     (["train-0.tar", "train-1.tar", "val-0.tar"], "val", ["val-0.tar"]),
@@ -545,7 +548,7 @@ LAYOUTS: list[tuple[list[str], str | None, list[str] | str]] = [
     (["notes.txt"], None, r"no chat\.json.*Name the data file itself \(\.json, .*\.zst\)"),
     ([], None, r"no chat\.json"),
     ([], "train", "no split 'train'.*no data files"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("names", "split", "expected"), LAYOUTS, ids=range(len(LAYOUTS)))

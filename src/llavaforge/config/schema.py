@@ -132,7 +132,7 @@ class DataOptions(SampleOptions):
     """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Seed of the sample order, LoRA's initial weights and dropout."""
 
     @model_validator(mode="after")

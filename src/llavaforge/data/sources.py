@@ -26,6 +26,7 @@ _PACKED = (".gz", ".zst")
 _SUFFIXES = (*_TEXT_SUFFIXES, *columns.SUFFIXES, ".tar")
 _KNOWN = f"{', '.join(_SUFFIXES)}; of the first three also .gz and .zst"
 _USUAL_SPLITS = ("train", "validation", "val", "valid", "dev", "test", "eval")
+_NUMBERED = re.compile(r"-\d+-of-\d+")
 _SHARD = re.compile(r"([A-Za-z][\w.-]*?|)(?:-\d+-of-\d+(?:-[0-9a-f]+)?|[-_.]?\d*)")  # (split) (number of the shard)
 _USUAL_NAMES = ("chat", "data", "train")
 
@@ -92,6 +93,8 @@ def _files(path: Path, entry: DataEntry) -> list[Path]:
             shards = [file for file in found if _kind(file) in suffixes and not _is_image_root(file, entry)]
             if shards:
                 return _of_split(path, shards, entry.split)
+    if texts and all(_NUMBERED.search(file.name) for file in texts):
+        return _of_split(path, texts, entry.split)
     return [_text_file(path, texts, entry.split)]
 
 
@@ -124,8 +127,9 @@ def _of_split(path: Path, files: Sequence[Path], split: str | None) -> list[Path
     """Return the shards of a split: `train-00000-of-00004.parquet` is of the split train."""
     splits: dict[str, list[Path]] = {}
     for file in files:
-        match = _SHARD.fullmatch(file.stem)
-        splits.setdefault(match.group(1) if match else file.stem, []).append(file)
+        stem = file.name.removesuffix(file.suffix).removesuffix(_kind(file))
+        match = _SHARD.fullmatch(stem)
+        splits.setdefault(match.group(1) if match else stem, []).append(file)
     if split is None:
         if "train" in splits:
             return splits["train"]
