@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.data.index import Row
 from llavaforge.data.pack import Pack, make_pack
+from llavaforge.data.preprocessing import Preprocessing
 from llavaforge.data.records import ImageRef
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.step import StepModule
