@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data import archives, readers
+from llavaforge.data import archives, json_list
 from llavaforge.data.faults import KINDS, Fault
 from llavaforge.data.index import SampleIndex, open_index
 from llavaforge.data.readers import Malformed, parse_raw, read_chunks
@@ -75,7 +75,7 @@ def documents(draw: st.DrawFn) -> str:
 def test_a_list_is_split_as_json_reads_it(
     document: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_PIECE", piece)
+    monkeypatch.setattr(json_list, "PIECE", piece)
     path = tmp_path / "rows.json"
     path.write_bytes(document.encode())
     rows = read(path)
@@ -101,7 +101,7 @@ def damaged(draw: st.DrawFn) -> str:
 def test_a_damaged_list_is_refused_with_its_place_or_read_as_json_reads_it(
     document: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_PIECE", piece)
+    monkeypatch.setattr(json_list, "PIECE", piece)
     path = tmp_path / "rows.json"
     path.write_bytes(document.encode())
     text = document.replace("\r\n", "\n").replace("\r", "\n")
@@ -141,7 +141,7 @@ def test_what_python_refuses_to_parse_is_told(row: str, tmp_path: Path) -> None:
 
 
 def test_the_place_of_a_fault_far_into_a_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_PIECE", 1000)
+    monkeypatch.setattr(json_list, "PIECE", 1000)
     row = '{"id": 1}, '
     (tmp_path / "rows.json").write_text("[\n" + row * 1000 + '{"id": oops}]')
     with pytest.raises(UserError, match=rf"rows\.json:2:{len(row) * 1000 + 8}: malformed JSON: Expecting value"):

@@ -95,8 +95,8 @@ def image_column(path: Path) -> str:
 
 
 def largest_group_bytes(path: Path) -> int:
-    """Return how many bytes of images must be decoded at most to reach one of a Parquet file."""
-    metadata, name = _parquet(path).metadata, image_column(path)
+    """Return how many bytes of images must be decoded at most to reach one of a Parquet file; 0 without images."""
+    metadata, name = _parquet(path).metadata, _image_column(_schema(path))
     sizes = [0]
     for group in range(metadata.num_row_groups):
         leaves = [metadata.row_group(group).column(leaf) for leaf in range(metadata.num_columns)]

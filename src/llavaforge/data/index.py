@@ -25,8 +25,9 @@ import pyarrow.compute
 
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.faults import Fault, RecordError, place
+from llavaforge.data.fingerprint import contents_of
 from llavaforge.data.image_store import safe_name
-from llavaforge.data.prepare import contents_of, faults_of, prepared
+from llavaforge.data.prepare import faults_of, prepared
 from llavaforge.data.records import ImageRef
 from llavaforge.data.sample import SampleBuilder
 from llavaforge.data.sources import Source, find_source

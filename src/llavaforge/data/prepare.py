@@ -23,10 +23,11 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from llavaforge.checkpoint.publish import sha256, sync_path
-from llavaforge.data import archives, workers
+from llavaforge.checkpoint.publish import sync_path
+from llavaforge.data import columns, workers
 from llavaforge.data.faults import Fault, RecordError
-from llavaforge.data.image_store import ARCHIVES, ImageStore
+from llavaforge.data.fingerprint import fingerprint_of
+from llavaforge.data.image_store import ImageStore
 from llavaforge.data.readers import Chunk, Malformed, parse_raw, read_chunks
 from llavaforge.data.records import ImageRef, Record, id_of, parse_record
 from llavaforge.data.sample import Sample, SampleBuilder
@@ -39,6 +40,7 @@ _FORMAT = 2  # raise when a change of this package changes what the file holds
 _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a process
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
 _BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
+_LARGE_GROUP = 64_000_000  # bytes of images in a row group of Parquet
 _IMAGE = pa.struct(
     [
         ("name", pa.string()),
@@ -81,7 +83,7 @@ def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, qui
     Raises:
         UserError: a file cannot be read at all.
     """
-    fingerprint = _fingerprint(source, builder)
+    fingerprint = fingerprint_of(source, builder, _FORMAT)
     first = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{fingerprint[:16]}.arrow"
     if (path := _current(first, source.images)) is None:
         first.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +147,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: bool) -> None:
     logger.info("preparing %s", source.name)
+    _warn_of_large_groups(source)
     # Of a preparation that was killed: we hold the lock.
     for left_over in path.parent.glob(f"{glob.escape(path.stem)}.tmp-*"):
         left_over.unlink()
@@ -176,6 +179,17 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
     finally:
         data.unlink(missing_ok=True)
         faults.unlink(missing_ok=True)
+
+
+def _warn_of_large_groups(source: Source) -> None:
+    for path in source.files:
+        if path.suffix == ".parquet" and (size := columns.largest_group_bytes(path)) > _LARGE_GROUP:
+            logger.warning(
+                "%s: each of its images takes decoding %d MB, since Parquet decodes whole row groups. Write it anew "
+                "with row_group_size=100, or with `save_to_disk`.",
+                path, size // 1_000_000,
+            )  # fmt: skip
+            return
 
 
 def _size(batches: Sequence[pa.RecordBatch]) -> int:
@@ -295,43 +309,3 @@ def _digest(record: Record) -> int:
     contents = repr(([image[:4] for image in record.images], [tuple(turn) for turn in record.turns]))
     digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int(struct.unpack("<Q", digest)[0])
-
-
-def _fingerprint(source: Source, builder: SampleBuilder | None) -> str:
-    """Identify everything that an index depends on. The contents of images are not part of it."""
-    root = source.images.root
-    parts: dict[str, Any] = {
-        "format": [_FORMAT, source.entry.format, source.entry.max_samples],
-        "files": source.file_names,  # of .jsonl lines are counted, of .json rows
-        "data": contents_of(source),
-        "archive": archives.fingerprint(root) if root.suffix in ARCHIVES else None,
-    }
-    if builder is not None:
-        parts |= builder.identity()
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def contents_of(source: Source) -> str:
-    """Identify the contents of a data set's files."""
-    cache_dir = source.images.cache_dir.parent / "contents"
-    return hashlib.sha256("".join(_contents(path, cache_dir) for path in source.files).encode()).hexdigest()
-
-
-def _contents(path: Path, cache_dir: Path) -> str:
-    """Return the SHA-256 of a text file; of a file that holds images too, its size, time and both ends.
-
-    The SHA-256 is remembered by size, times and inode, since a gigabyte takes a second or more.
-    """
-    if path.suffix in (".parquet", ".arrow", ".tar"):
-        return archives.fingerprint(path)
-    status = path.stat()
-    key = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    known = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    if not known.is_file():
-        digest = sha256(path)
-        known.parent.mkdir(parents=True, exist_ok=True)
-        temporary = known.with_suffix(f".tmp-{os.getpid()}")
-        temporary.write_text(digest)
-        os.replace(temporary, known)
-        return digest
-    return known.read_text()
