@@ -108,7 +108,7 @@ def _random_access(index: SampleIndex) -> float:
 
 
 def _anonymous(pid: int) -> int:
-    """Return the bytes of a process that no file backs; USS also counts pages of the index that it alone has touched."""
+    """Return a process's own bytes without pages of files (USS counts those of the index that it alone has touched)."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
 
