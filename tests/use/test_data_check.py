@@ -3,13 +3,18 @@
 import json
 import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -268,3 +273,54 @@ def test_the_report_stands_alone_and_escapes_what_it_quotes(tiny_llava: Path, da
     for chart in ("Length of samples", "Supervised tokens", "Shorter side", "Longer side"):
         assert chart in page
     assert page.count("<svg") == 4
+
+
+def test_a_data_set_of_faults_only_does_not_hide_the_others(tiny_llava: Path, data: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": 1}\n' * 3)
+    (data / "images" / "003.png").unlink()
+    options = {"model_name_or_path": str(tiny_llava), "data": [{"path": data}, {"path": bad}]}
+    result = data_check(DataCheckConfig.model_validate({**options, "report": tmp_path / "report"}))
+    assert result["errors_by_kind"] == {"malformed_row": 3, "missing_image": 1}
+    assert f"{bad}: bad.jsonl:2" in (tmp_path / "report" / "report.html").read_text()  # which of the data sets
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{path: x, wieght: 2}", "data, entry 2: unknown key `wieght`. Did you mean `weight`?"),
+        ("{pth: x}", "data, entry 2: `path` is missing: give it in the recipe."),
+        ("{path: x, weight: -3}", "data, entry 2: `weight` = -3: Input should be greater than 0."),
+        ("{path: x, format: mesages}", "data, entry 2: `format` = 'mesages': Input should be 'auto'"),
+    ],
+)
+def test_a_fault_of_an_entry_names_it(
+    entry: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data:\n  - {{path: y}}\n  - {entry}\n")
+    assert main(["data", "check", str(recipe)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3.0, 5.0])
+def test_ctrl_c_leaves_no_traceback_and_no_process(seconds: float, data: Path, tmp_path: Path) -> None:
+    rows = [row(number % NUM_RECORDS) for number in range(40_000)]
+    write_rows(data, rows)
+    command = [sys.executable, "-m", "llavaforge", "data", "check", "--data_path", str(data)]
+    environment = {**os.environ, "LLAVAFORGE_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert "Traceback" not in told, told
+    if process.returncode == 130:
+        assert told.endswith("interrupted\n")
+    assert not [one for one in psutil.process_iter() if _session(one.pid) == process.pid]
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1

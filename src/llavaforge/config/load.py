@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from llavaforge.config.schema import Schema
+from llavaforge.config.schema import DataEntry, Schema
 from llavaforge.errors import UserError
 
 SchemaT = TypeVar("SchemaT", bound=Schema)
@@ -60,11 +60,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _explain(fault: dict[str, Any], schema: type[Schema]) -> str:
+    if fault["loc"][:1] == ("data",) and len(fault["loc"]) > 2:
+        entry = {**fault, "loc": fault["loc"][2:]}
+        return f"data, entry {fault['loc'][1] + 1}: {_explain(entry, DataEntry)}"
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown key `{key}`.{nearest(key, schema.model_fields)}"
     if fault["type"] == "missing":
-        return f"`{key}` is missing: give it in the recipe or as --{key}."
+        return f"`{key}` is missing: give it in the recipe" + (f" or as --{key}." if schema is not DataEntry else ".")
     if not key:
         return str(fault["msg"]).removeprefix("Value error, ") + "."
     return f"`{fault['loc'][0]}` = {fault['input']!r}: {fault['msg']}."

@@ -91,7 +91,7 @@ def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool, 
     if decodes:
         identities = _decode_all(index, starts, keys, row_of_image, found, quiet)
     _compare_texts(index, found)
-    _compare_records(index, held_out, row_of_image, identities, found)
+    _compare_records(index, held_out, starts, row_of_image, identities, found)
     return found
 
 
@@ -175,7 +175,8 @@ def _compare_texts(index: SampleIndex, found: Diagnosis) -> None:
     """Find records that were shortened, and texts with a literal placeholder."""
     turns, tokens = index.column("num_turns_dropped"), index.column("num_tokens_cut")
     for number in np.flatnonzero(turns + tokens).tolist():
-        message = f"{turns[number]} turns and {tokens[number]} tokens of the answer do not fit max_length."
+        cut = [f"{turns[number]} turns"] * bool(turns[number]) + [f"{tokens[number]} tokens"] * bool(tokens[number])
+        message = f"{' and '.join(cut)} of it do not fit max_length."
         found.add(_finding(index, number, "shortened", message))
     for number in np.flatnonzero(index.column("num_literals")).tolist():
         found.add(_finding(index, number, "literal_placeholder", "a text holds `<image>`, which is kept as text."))
@@ -184,6 +185,7 @@ def _compare_texts(index: SampleIndex, found: Diagnosis) -> None:
 def _compare_records(
     index: SampleIndex,
     held_out: npt.NDArray[np.bool_],
+    starts: Numbers,
     row_of_image: Numbers,
     identities: Numbers,
     found: Diagnosis,
@@ -196,28 +198,34 @@ def _compare_records(
         original = int(first[group[number]])
         if held_out[number] == held_out[original]:
             found.add(_finding(index, number, "duplicate", f"the same as {index.row(original).where}."))
-    same = ~held_out & np.isin(group, group[held_out])
-    leaks = dict.fromkeys(np.flatnonzero(same).tolist(), "the record itself")
-    images_held_out = held_out[row_of_image]
-    same = ~images_held_out & np.isin(identities, identities[images_held_out])
-    for number in row_of_image[same].tolist():
-        leaks.setdefault(number, "its image")
-    for number, what in sorted(leaks.items()):
-        found.add(_finding(index, number, "leak", f"trained on, but {what} is in the held-out data."))
-    for number, others in _repeated_images(group, row_of_image, identities):
-        image = index.row(number).images[0].name
-        message = f"its image is also in {others - 1} other record(s) with another text."
+    leaks: dict[int, str] = {}
+    numbers = np.arange(len(index))
+    for what, keys, rows in (("the record", group, numbers), ("its image", identities, row_of_image)):
+        is_held_out = held_out[rows]
+        held_keys, held_at = np.unique(keys[is_held_out], return_index=True)
+        for at in np.flatnonzero(~is_held_out & np.isin(keys, held_keys)).tolist():
+            twin = int(rows[is_held_out][held_at[np.searchsorted(held_keys, keys[at])]])
+            message = f"trained on, but {what} is held out too, as {index.row(twin).where}."
+            leaks.setdefault(int(rows[at]), message)
+    for number, message in sorted(leaks.items()):
+        found.add(_finding(index, number, "leak", message))
+    for number, at, others in _repeated_images(group, starts, row_of_image, identities):
+        image = index.row(number).images[at].name
+        message = f"image {image[:100]!r} is also in {others - 1} other record(s) with another text."
         found.add(_finding(index, number, "repeated_image", message, image))
 
 
-def _repeated_images(group: Numbers, row_of_image: Numbers, identities: Numbers) -> Iterable[tuple[int, int]]:
-    """Yield the first record of each image that comes with several texts, and the number of these."""
+def _repeated_images(
+    group: Numbers, starts: Numbers, row_of_image: Numbers, identities: Numbers
+) -> Iterable[tuple[int, int, int]]:
+    """Yield for each image that comes with several texts its first record, its place in there, and their number."""
     pairs = np.unique(np.stack([identities, group[row_of_image]], axis=1), axis=0)
     images, counts = np.unique(pairs[:, 0], return_counts=True)
     several = dict(zip(images[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True))
     _, first = np.unique(identities, return_index=True)
     for at in np.sort(first[np.isin(identities[first], list(several))]).tolist():
-        yield int(row_of_image[at]), several[int(identities[at])]
+        row = int(row_of_image[at])
+        yield row, at - int(starts[row]), several[int(identities[at])]
 
 
 def _finding(index: SampleIndex, number: int, kind: str, message: str, path: str = "") -> Finding:

@@ -35,7 +35,7 @@ KINDS: dict[str, Kind] = {
     "no_supervised_tokens": Kind("error", "nothing to learn", "The answer has no tokens: write it, or remove the row."),
     "unprovable_labels": Kind("error", "labels cannot be proved", "Remove special markers, or use another template."),
     "too_long": Kind("error", "does not fit max_length", "Raise max_length, or remove the row."),
-    "leak": Kind("error", "held-out data is trained on", "Remove these rows from the training or the held-out data."),
+    "leak": Kind("error", "held-out data is trained on", "Quarantine these rows, or hold out others."),
     "shortened": Kind("warning", "cut to max_length", "Raise max_length if the end matters."),
     "literal_placeholder": Kind("warning", "literal `<image>` in a text", "It is kept as text, not as an image."),
     "duplicate": Kind("warning", "exact duplicate", "Remove all but one, unless the repetition is meant."),

@@ -91,6 +91,6 @@ class JsonList:
     def _fail(self, message: str, position: int) -> NoReturn:
         line, column = self._place(position)
         raise UserError(
-            f"{self._path}:{line}:{column}: malformed JSON: {message}. "
+            f"{self._path}:{line}:{column}: malformed JSON: {message.replace('starting at', 'not closed')}. "
             "Mend that place (a cut-off download ends in the middle of a row)."
         )

@@ -110,7 +110,10 @@ def mix(entries: Sequence[DataEntry], rows: Sequence[Rows], seed: int) -> Mixtur
     """
     for entry, mine in zip(entries, rows, strict=True):
         if not len(mine):
-            raise UserError(f"{entry.path}: no records are left to train on. Hold out less, or remove it from data.")
+            raise UserError(
+                f"{entry.path}: no records are left to train on: all are faulty, held out or in quarantine. "
+                "Mend the data, or remove it."
+            )
     total = sum(len(mine) for mine in rows)
     if entries[0].weight is not None:
         weights = np.array([entry.weight for entry in entries], dtype=np.float64)
@@ -141,7 +144,8 @@ def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> 
     wanted = round(amount * len(rows)) if amount < 1 else int(amount)
     if not 0 < wanted < len(rows):
         raise UserError(
-            f"validation_split {amount:g} holds out {wanted} of {len(rows)} records. Leave some on both sides."
+            f"validation_split {amount:g} holds out {wanted} of {len(rows)} records, and some must be on both sides: "
+            "give another --validation_split."
         )
     group = _groups(index)[rows]
     order, sizes = np.random.default_rng(seed).permutation(group), np.bincount(group)

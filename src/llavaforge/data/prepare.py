@@ -183,7 +183,10 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
 
 def _warn_of_large_groups(source: Source) -> None:
     for path in source.files:
-        if path.suffix == ".parquet" and (size := columns.largest_group_bytes(path)) > _LARGE_GROUP:
+        size = 0
+        with contextlib.suppress(OSError, pa.ArrowException):  # a damaged file is told of when it is read
+            size = columns.largest_group_bytes(path) if path.suffix == ".parquet" else 0
+        if size > _LARGE_GROUP:
             logger.warning(
                 "%s: each of its images takes decoding %d MB, since Parquet decodes whole row groups. Write it anew "
                 "with row_group_size=100, or with `save_to_disk`.",

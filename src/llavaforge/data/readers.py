@@ -82,10 +82,12 @@ def parse_raw(raw: Any) -> Any:
     if not isinstance(raw, str):
         return raw
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        return Malformed(f"malformed JSON{place}: {getattr(error, 'msg', error)}. A cut-off download ends like this.")
+        return json.loads(raw.rstrip())
+    except json.JSONDecodeError as error:
+        message = error.msg.replace("starting at", "not closed")
+        return Malformed(f"malformed JSON at column {error.colno}: {message}. Mend the line.")
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits; nested too deeply
+        return Malformed(f"malformed JSON: {error}. Mend the line.")
 
 
 def is_json_lines(path: Path) -> bool:

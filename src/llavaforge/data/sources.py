@@ -178,7 +178,8 @@ def _kind(path: Path) -> str:
 
 
 def _from_hub(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or _kind(Path(name)) in _SUFFIXES:
+    is_local = Path(name).parent.exists() or _kind(Path(name)) in _SUFFIXES
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{name}: no such file or folder (data_path).")
     from huggingface_hub import snapshot_download
 

@@ -22,6 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _PRELOADED = ["llavaforge.data.preload"]
+_ready: list[bool] = []  # whether the server of this process has answered
 
 
 def context() -> ForkServerContext:
@@ -30,7 +31,18 @@ def context() -> ForkServerContext:
     found.set_forkserver_preload(_PRELOADED)
     with signals_blocked():
         forkserver.ensure_running()
+        # A first worker, so that ctrl-C while the server still imports does not leave it with workers to start whose
+        # parent is gone: they would fail with a traceback each.
+        if not _ready:
+            first = found.Process(target=_nothing)
+            first.start()
+            first.join()
+            _ready.append(True)
     return found
+
+
+def _nothing() -> None:
+    """Do nothing, in a worker."""
 
 
 def each(task: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:

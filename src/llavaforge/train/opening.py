@@ -3,6 +3,7 @@
 Comes in: the recipe and the model's processor. Goes out: `OpenedData`. Called by `train/run.py`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from llavaforge.data.mixture import Mixture, Rows, deal, without_quarantined
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
 from llavaforge.train.bad_samples import accept
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ def _sound(
     """Return an index, the rows of each data set that may be used, and the faults of the others."""
     index = open_index(entries, loaded.processor, loaded.num_image_tokens, config, quiet)
     rows, faults = without_quarantined(index, config.quarantine)
+    if config.quarantine is not None and not quiet:
+        num_left_out = sum(len(part) + len(part.faults) for part in index.parts)
+        num_left_out -= sum(map(len, rows)) + sum(map(len, faults))
+        logger.info("%s leaves out %d records", config.quarantine, num_left_out)
     for part, mine in zip(index.parts, faults, strict=True):
         if config.on_bad_sample == "stop":
             refuse(mine, len(part) + len(part.faults), part.source.name)

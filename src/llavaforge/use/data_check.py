@@ -48,6 +48,7 @@ def data_check(config: DataCheckConfig) -> dict[str, Any]:
     outlook = _outlook(config, index, held_out)
     errors, warnings = found.by_severity("error"), found.by_severity("warning")
     _show(found)
+    _summarize(config, index, outlook)
     if config.report is not None:
         _write_report(config, index, held_out, found, outlook)
     if config.quarantine is not None:
@@ -94,6 +95,8 @@ def _outlook(
     rows: list[Rows] = []
     for first, last in zip(index.starts, index.starts[1 : len(config.entries) + 1], strict=False):
         rows.append(first + np.flatnonzero(~held_out[first:last]))
+    if not all(len(mine) for mine in rows):  # the findings say why
+        return None
     mixture = mix(config.entries, rows, config.seed)
     batch = min(config.samples_per_step(), len(mixture))
     return forecast(
@@ -116,6 +119,7 @@ def _show(found: Diagnosis) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if not found.counts:
         console.print("No faults found.", style="green")
+    several = len({finding.source for finding in (*found.errors, *found.warnings)}) > 1
     for kind, count, examples in _by_kind(found):
         known = KINDS[kind]
         style = "bold red" if known.severity == "error" else "bold yellow"
@@ -123,9 +127,23 @@ def _show(found: Diagnosis) -> None:
             Text.assemble((f"{count:,} x {known.title}", style), f"  ({known.severity}: {kind})  {known.remedy}")
         )
         for finding in examples[:_EXAMPLES_SHOWN]:
-            console.print(Text(f"    {finding.fault}"))
+            console.print(Text(f"    {finding.source + ': ' if several else ''}{finding.fault}"))
         if count > _EXAMPLES_SHOWN:
-            console.print(f"    ... and {count - _EXAMPLES_SHOWN:,} more")
+            console.print(f"    ... and {count - _EXAMPLES_SHOWN:,} more (--report DIR lists them)")
+
+
+def _summarize(config: DataCheckConfig, index: SampleIndex, outlook: Forecast | None) -> None:
+    """Print what was looked at, and what was not."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    num_records = sum(len(part) + len(part.faults) for part in index.parts)
+    looked_at = f"{num_records:,} records, {int(index.num_images.sum()):,} images"
+    if outlook is not None:
+        looked_at += f"; an epoch: {outlook.tokens_per_epoch:,} tokens, {outlook.steps_per_epoch:,} steps"
+    console.print(looked_at)
+    if config.model_name_or_path is None:
+        console.print("Not checked: tokens, lengths and labels (no --model_name_or_path).")
+    if not config.check_images:
+        console.print("Not checked: what images hold, and copies of them under other names (--check_images false).")
 
 
 def _by_kind(found: Diagnosis) -> Iterable[tuple[str, int, list[Finding]]]:
@@ -154,13 +172,11 @@ def _write_report(
                 "record": finding.fault.where,
             }
             file.write(json.dumps(told | fault) + "\n")
-    kinds = [
-        (kind, KINDS[kind], count, [one.fault for one in examples[:_EXAMPLES_IN_REPORT]])
-        for kind, count, examples in _by_kind(found)
-    ]
+    kinds = [(kind, KINDS[kind], count, examples[:_EXAMPLES_IN_REPORT]) for kind, count, examples in _by_kind(found)]
     page = render(
         "check.html.jinja",
         facts=_facts(config, index, held_out),
+        several=len(index.parts) > 1,
         kinds=kinds,
         num_errors=sum(found.by_severity("error").values()),
         num_warnings=sum(found.by_severity("warning").values()),
