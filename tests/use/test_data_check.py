@@ -303,7 +303,7 @@ def test_a_fault_of_an_entry_names_it(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seconds", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("seconds", [2.0, 5.0])
 def test_ctrl_c_leaves_no_traceback_and_no_process(seconds: float, data: Path, tmp_path: Path) -> None:
     rows = [row(number % NUM_RECORDS) for number in range(40_000)]
     write_rows(data, rows)
