@@ -210,7 +210,7 @@ def test_a_kill_half_way_leaves_no_folder_and_the_next_run_clears_up(tiny_llava:
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not output_dir.exists() and list(tmp_path.glob(".tmp-*"))
+    assert not output_dir.exists() and list(tmp_path.glob(".llavaforge-*"))
     update_model_folder(output_dir, tiny_llava, {})
     assert list(tmp_path.iterdir()) == [output_dir]
     load_verified(output_dir)

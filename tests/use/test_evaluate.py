@@ -122,3 +122,37 @@ def test_chat_answers_on_stdout(tiny_llava: Path, shapes: Path, capsys: pytest.C
     one = capsys.readouterr().out
     chat(ChatConfig(model_name_or_path=str(tiny_llava), image=image, prompt="<image>\nWhat?", max_new_tokens=4))
     assert capsys.readouterr().out == one != ""
+
+
+def test_a_record_that_was_cut_is_evaluated_as_it_was_cut_and_the_others_keep_their_images(
+    tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    images = sorted((shapes / "heldout" / "images").iterdir())
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(shapes / "heldout" / "images")
+
+    def row(*pairs: tuple[str, str], first_image: int) -> dict[str, object]:
+        turns = []
+        for question, answer in pairs:
+            turns += [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        names = [image.name for image in images[first_image : first_image + len(pairs)]]
+        return {"id": str(first_image), "image": names, "conversations": turns}
+
+    long = row(("What colour is it?", "red"), ("And what of this? " * 20, "blue"), first_image=0)
+    rows = [long, *(row(("What colour is it?", "red"), first_image=number) for number in (2, 3))]
+    answers = {}
+    for name, mine in (("together", rows), ("without", [row(("What colour is it?", "red"), first_image=0), *rows[1:]])):
+        (data / "chat.json").write_text(json.dumps(mine))
+        evaluate(
+            EvaluateConfig(
+                model_name_or_path=str(tiny_llava), data_path=data, bf16=False, dataloader_num_workers=0,
+                max_length=120, output_dir=tmp_path / name, exact_match=True, max_new_tokens=4,
+            )
+        )  # fmt: skip
+        lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
+        answers[name] = [json.loads(line) for line in lines]
+    assert answers["together"][0]["question"] == "What colour is it?" and answers["together"][0]["reference"] == "red"
+    for found, expected in zip(answers["together"], answers["without"], strict=True):
+        assert found["answer"] == expected["answer"] and found["image"] == expected["image"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)

@@ -6,24 +6,33 @@ inject a fault at every system call and still be quick.
 
 The order is the whole point: fill a temporary sibling, write the manifest, fsync every file and the folder,
 rename, fsync the parent. A kill at any moment leaves the old state or the new one.
+
+What is deleted or replaced is proved to be ours: by a manifest, or by a name with our prefix and the number of a
+process that is gone.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-_TEMPORARY = ".tmp-"
+_PREFIX = ".llavaforge"  # of temporary names, before the machine, the process and what they are
+_NEW, _OLD = "new", "old"
 
 
 @contextmanager
-def publishing(destination: Path, entries: dict[str, dict[str, Any]] | None = None) -> Iterator[Path]:
+def publishing(
+    destination: Path, entries: dict[str, dict[str, Any]] | None = None, overwrite: bool = False
+) -> Iterator[Path]:
     """Give a temporary sibling folder to fill; publish it as `destination` when the block ends well.
 
     If the block raises, the temporary folder is removed and nothing is published.
@@ -31,29 +40,68 @@ def publishing(destination: Path, entries: dict[str, dict[str, Any]] | None = No
     Args:
         destination: a path that does not exist yet (or an empty folder).
         entries: manifest entries of files that others wrote, flushed and summed (`entry_of`); filled within the block.
+        overwrite: replace a published folder, once the new one is complete.
 
     Raises:
-        FileExistsError: `destination` exists and is not empty; a published folder is never written again.
+        FileExistsError: `destination` exists and is not empty, or with `overwrite` holds what was not published.
     """
-    destination = destination.absolute()
-    if destination.exists() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination} is already published")
+    destination = destination.resolve()
+    _check_replaceable(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.parent / f"{_TEMPORARY}{os.getpid()}-{destination.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_leftovers(destination.parent, destination.name)
+    temporary = _temporary(destination, _NEW)
     temporary.mkdir()
     try:
         yield temporary
         _open_to_readers(temporary)
         write_manifest(temporary, entries or {})
         _sync_tree(temporary, entries or {})
-        if destination.exists():
+        _check_replaceable(destination, overwrite)  # once more: the block may have taken hours
+        old = _temporary(destination, _OLD)
+        if destination.exists() and any(destination.iterdir()):
+            os.rename(destination, old)  # killed after this, the next `remove_leftovers` puts it back
+        elif destination.exists():
             destination.rmdir()
         os.rename(temporary, destination)
         sync_path(destination.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _check_replaceable(destination: Path, overwrite: bool) -> None:
+    if destination.exists() and any(destination.iterdir()) and (not overwrite or not_published(destination)):
+        raise FileExistsError(f"{destination} is not empty")
+
+
+def not_published(folder: Path) -> list[str]:
+    """Return what of a folder its manifest does not prove to be published: paths below it, or that it has no manifest.
+
+    Names and sizes are compared. Whatever is not in the list may be deleted.
+    """
+    try:
+        entries = read_manifest(folder)
+    except (OSError, ValueError):
+        return [f"no readable {MANIFEST}"]
+    known = {MANIFEST, *entries, *(parent.as_posix() for name in entries for parent in Path(name).parents)}
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    sizes = {name: path.lstat().st_size for name, path in found.items() if name in entries}
+    return [name for name in found if name not in known or (name in sizes and sizes[name] != entries[name]["bytes"])]
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of a published folder's manifest, by path below it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a manifest.
+    """
+    content = json.loads((folder / MANIFEST).read_text())
+    entries = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not all(isinstance(one, dict) and "bytes" in one for one in entries.values()):
+        raise ValueError("no list of files")
+    return entries
 
 
 def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]]) -> None:
@@ -88,8 +136,8 @@ def faults(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
         One line per fault (missing manifest, missing file, other size, other content); empty when all is well.
     """
     try:
-        entries: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        entries = read_manifest(folder)
+    except (OSError, ValueError) as error:
         return [f"{MANIFEST}: unreadable ({error})"]
     mine = sorted(entries.items())[share::num_shares]
     with ThreadPoolExecutor() as pool:
@@ -102,9 +150,7 @@ def fingerprint(folder: Path) -> str:
 
     A published folder's manifest saves reading the weights again.
     """
-    known: dict[str, dict[str, Any]] = {}
-    if (folder / MANIFEST).is_file():
-        known = json.loads((folder / MANIFEST).read_text())["files"]
+    known = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     names = sorted(
         path.name
         for path in folder.iterdir()
@@ -117,20 +163,59 @@ def fingerprint(folder: Path) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file's text atomically (used for the `latest` pointer)."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path, _NEW)
     temporary.write_text(text)
     sync_path(temporary)
     os.replace(temporary, path)
     sync_path(path.parent)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Remove the temporary folders that a killed process left in `parent`."""
-    for leftover in parent.glob(f"{_TEMPORARY}*"):
-        if leftover.is_dir():
+def remove_leftovers(parent: Path, name: str = "") -> None:
+    """Remove what processes of this machine that were killed while they wrote have left in `parent`.
+
+    A folder that was moved aside for a new one that never came is put back. Anything whose name is not wholly ours, or
+    whose process is alive or elsewhere, stays.
+
+    Args:
+        parent: an existing folder.
+        name: of the file or folder that was being written; empty for all.
+    """
+    pattern = re.compile(rf"{_PREFIX}-{_machine()}-(\d+)-({_NEW}|{_OLD})-({re.escape(name) or '.+'})")
+    found = [match for path in parent.iterdir() if (match := pattern.fullmatch(path.name))]
+    for match in sorted(found, key=lambda match: match[2] == _NEW):  # old ones first
+        leftover, destination = parent / match[0], parent / match[3]
+        if int(match[1]) != os.getpid() and _is_running(int(match[1])):
+            continue
+        if match[2] == _OLD and not destination.exists():
+            os.rename(leftover, destination)
+        elif leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def _temporary(destination: Path, kind: str) -> Path:
+    return destination.with_name(f"{_PREFIX}-{_machine()}-{os.getpid()}-{kind}-{destination.name}")
+
+
+@cache
+def _machine() -> str:
+    """Identify what process numbers belong to: a host, and in a container its own space of numbers."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        space = 0
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; not a number of ours
+        return True
+    return True
 
 
 def sha256(path: Path) -> str:

@@ -77,6 +77,16 @@ def load_run(folder: Path) -> dict[str, Any]:
     return run
 
 
+def without_private_paths(value: Any) -> Any:
+    """Return a run's description for a folder that is given away: of absolute paths only the last name is left."""
+    if isinstance(value, dict):
+        return {key: without_private_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_private_paths(item) for item in value]
+    is_private = isinstance(value, str) and value.startswith(("/", "~"))
+    return Path(value).name if is_private else value
+
+
 class ParameterStates(Mapping[str, ParameterState]):
     """Weights and moments of a checkpoint by module name; each is read when it is asked for."""
 

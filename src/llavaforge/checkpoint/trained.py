@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llavaforge.checkpoint.publish import faults, fingerprint
-from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights
+from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel, load_model
@@ -100,7 +100,7 @@ def merge(output_dir: Path, trained: Trained, overwrite: bool = False) -> None:
             return merged_weight(base, trained.tensors, modules[name], trained.lora.scaling)
         return trained.tensors.get(name, base)
 
-    run = json.dumps(trained.run, indent=1) + "\n"
+    run = json.dumps(without_private_paths(trained.run), indent=1) + "\n"
     update_model_folder(output_dir, trained.base, changed, overwrite=overwrite, extra_files={RUN: run})
 
 

@@ -17,6 +17,11 @@ from peft.tuners.lora import LoraLayer
 from llavaforge.errors import UserError
 
 _ADAPTER = "default"
+# Lets `peft.AutoPeftModel` find the class; none of peft's task types means an image-text model.
+_AUTO_MAPPING = {
+    "base_model_class": "LlavaForConditionalGeneration",
+    "parent_library": "transformers.models.llava.modeling_llava",
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ def peft_config(options: LoraOptions, base_model: str | None = None) -> LoraConf
         target_modules=target_pattern(options.target_modules),
         modules_to_save=["multi_modal_projector"] if base_model else None,
         base_model_name_or_path=base_model,
-        task_type="CAUSAL_LM" if base_model else None,
         inference_mode=bool(base_model),
+        auto_mapping=_AUTO_MAPPING if base_model else None,
     )
 
 

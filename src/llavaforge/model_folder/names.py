@@ -1,6 +1,6 @@
 """Two names for every tensor: the one in memory and the one in our files.
 
-In memory: stock `LlavaForConditionalGeneration` of transformers 5.23. In our files: what vLLM, SGLang, mlx
+In memory: stock `LlavaForConditionalGeneration` of transformers 5.23. In our files: what vLLM, mlx
 and transformers 4 expect, and 5 understands.
 
     in memory                                     in our files

@@ -1,7 +1,7 @@
 """The files of a model folder that make its inputs: tokenizer, chat template and image processor.
 
-Comes in: a `LlavaProcessor`. Goes out: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`,
-`processor_config.json` and `preprocessor_config.json`. Called by `write.py`.
+Comes in: a `LlavaProcessor`. Goes out: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and `.json`,
+`processor_config.json` and `preprocessor_config.json`.
 """
 
 import json
@@ -11,9 +11,10 @@ from typing import Any
 from transformers import LlavaProcessor
 
 from llavaforge.model_folder.chat_template import accepting_strings_and_lists
+from llavaforge.model_folder.read import read_json
 
 # Class names that transformers 4 does not know, and the ones that mean the same to both.
-_TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
+_CLASSES_OF_4 = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
 
 
 def write_processor(folder: Path, processor: LlavaProcessor) -> None:
@@ -24,12 +25,14 @@ def write_processor(folder: Path, processor: LlavaProcessor) -> None:
     tokenizer = processor.tokenizer
     template = processor.chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)
+    accepting = None
     if isinstance(template, str):
         accepting = accepting_strings_and_lists(template, tokenizer.special_tokens_map)
         (folder / "chat_template.jinja").write_text(accepting)
+        _write_json(folder / "chat_template.json", {"chat_template": accepting})  # where processors before 4.49 look
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(processor))
     _write_json(folder / "processor_config.json", _processor_json(processor))
-    _write_tokenizer_fields(folder / "tokenizer_config.json", processor)
+    _write_tokenizer_fields(folder / "tokenizer_config.json", processor, accepting)
 
 
 def _processor_json(processor: LlavaProcessor) -> dict[str, Any]:
@@ -51,8 +54,12 @@ def _preprocessor_json(processor: LlavaProcessor) -> dict[str, Any]:
     return content | {"image_processor_type": name, "processor_class": "LlavaProcessor"}
 
 
-def _write_tokenizer_fields(path: Path, processor: LlavaProcessor) -> None:
-    """Write the three fields of special tokens.
+def _write_tokenizer_fields(path: Path, processor: LlavaProcessor, chat_template: str | None) -> None:
+    """Write what a save by transformers 5 leaves out.
+
+    Without `model_input_names` transformers 4 makes `token_type_ids`, which Llava's `generate` refuses; without
+    `padding_side` batches are padded on the right, and all but the longest prompt are answered wrongly. Tokenizers
+    before 4.49 look for the chat template here.
 
     `additional_special_tokens` and `added_tokens_decoder` are what the seed shows. `extra_special_tokens` is a dict:
     transformers 4 fails on a list, and 5 reads `additional_special_tokens` only beside a dict or nothing.
@@ -61,9 +68,12 @@ def _write_tokenizer_fields(path: Path, processor: LlavaProcessor) -> None:
     content = json.loads(path.read_text())
     for key in ("extra_special_tokens", "model_specific_special_tokens", "is_local", "local_files_only", "backend"):
         content.pop(key, None)
-    name = content["tokenizer_class"]
-    content["tokenizer_class"] = _TOKENIZER_CLASSES.get(name, name)
+    content["tokenizer_class"] = _tokenizer_class(content["tokenizer_class"], Path(tokenizer.name_or_path))
     content["processor_class"] = "LlavaProcessor"
+    content["model_input_names"] = ["input_ids", "attention_mask"]
+    content["padding_side"] = "left"
+    if chat_template is not None:
+        content["chat_template"] = chat_template
     content["added_tokens_decoder"] = {
         str(number): {
             "content": token.content,
@@ -80,6 +90,13 @@ def _write_tokenizer_fields(path: Path, processor: LlavaProcessor) -> None:
     content["extra_special_tokens"] = {"image_token": image_token}
     content["image_token"] = image_token
     _write_json(path, content)
+
+
+def _tokenizer_class(name: str, source: Path) -> str:
+    """Return the class of a tokenizer as its source names it: transformers 5 loads any as its `TokenizersBackend`."""
+    if name in _CLASSES_OF_4 and (source / "tokenizer_config.json").is_file():
+        name = read_json(source / "tokenizer_config.json").get("tokenizer_class") or name
+    return _CLASSES_OF_4.get(name, name)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ def read_processor(folder: Path) -> LlavaProcessor:
     if not isinstance(processor, LlavaProcessor):
         raise UserError(f"{folder}: holds a {type(processor).__name__}, not a complete LlavaProcessor.")
     _complete(processor, folder)
+    _take_jinja(processor, folder)
     return processor
 
 
@@ -118,3 +119,14 @@ def _complete(processor: LlavaProcessor, folder: Path) -> None:
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = CLASS_TOKENS.get(config.vision_config.model_type, 0)
+
+
+def _take_jinja(processor: LlavaProcessor, folder: Path) -> None:
+    """Take the chat template that people edit: transformers reads the older `chat_template.json` first."""
+    jinja = folder / "chat_template.jinja"
+    if not jinja.is_file():
+        return
+    template = jinja.read_text(encoding="utf-8")
+    if processor.chat_template not in (None, template):
+        log.warning("%s: differs from chat_template.json; the .jinja file is used. `export` writes both anew.", jinja)
+    processor.chat_template = processor.tokenizer.chat_template = template

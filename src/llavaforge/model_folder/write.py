@@ -1,22 +1,19 @@
 """The only writer of model folders: `customize-model`, a run's `final` and `export` all end here.
 
 Comes in: a config, a processor and a stream of tensors; or an existing folder and what changed in it. Goes out: a
-folder that transformers 4 and 5, vLLM, SGLang and mlx open, published whole or not at all.
+folder that transformers 4 and 5, vLLM and mlx open, published whole or not at all.
 """
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
-from llavaforge.checkpoint.publish import publishing, sync_path
+from llavaforge.checkpoint.publish import not_published, publishing
 from llavaforge.errors import UserError
+from llavaforge.model_folder.card import model_card
 from llavaforge.model_folder.config_files import config_json, generation_json
 from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name
 from llavaforge.model_folder.processor_files import write_processor
@@ -54,12 +51,14 @@ def write_model_folder(
     Raises:
         UserError: `output_dir` is not empty and `overwrite` was not given, or holds something else than a model.
     """
-    with _publishing(output_dir, overwrite) as folder:
+    check_output_dir(output_dir, overwrite)
+    with publishing(output_dir, overwrite=overwrite) as folder:
         _write_json(folder / "config.json", config_json(config))
         generation = generation_json(config, generation_config, processor)
         _write_json(folder / "generation_config.json", generation)
         write_shards(folder, "model", tensors, max_shard_bytes)
         write_processor(folder, processor)
+        (folder / "README.md").write_text(model_card(config), encoding="utf-8")
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         if check is not None:
@@ -110,66 +109,29 @@ def check_output_dir(output_dir: Path, overwrite: bool, sources: Iterable[Path] 
     Args:
         output_dir: where a model folder is to be written.
         overwrite: whether a model folder there may be replaced.
-        sources: folders that are read; none of them may be inside `output_dir`.
+        sources: folders that are read; none of them may be inside `output_dir`, nor it in one of them.
 
     Raises:
         UserError: it may not.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file. Give another --output_dir.")
-    inside = [source for source in sources if source.resolve().is_relative_to(output_dir.resolve())]
-    if inside:
-        raise UserError(f"{output_dir}: writing there would replace {inside[0]}, which is read. Give another folder.")
+    for source in sources:
+        if source.resolve().is_relative_to(output_dir.resolve()):
+            raise UserError(f"{output_dir}: writing there would replace {source}, which is read. Give another folder.")
+        if output_dir.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{output_dir}: lies inside {source}, which is read. Give a folder outside of it.")
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return
     if not overwrite:
         raise UserError(f"{output_dir}: is not empty. Give another --output_dir, or --overwrite to replace it.")
     if not (output_dir / "config.json").is_file():
         raise UserError(f"{output_dir}: --overwrite replaces a model folder only, and this has no config.json.")
-
-
-@contextmanager
-def _publishing(output_dir: Path, overwrite: bool) -> Iterator[Path]:
-    """Publish atomically; with `overwrite`, take the old folder away only when the new one is complete."""
-    check_output_dir(output_dir, overwrite)
-    output_dir = output_dir.absolute()
-    _remove_leftovers(output_dir)
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        with publishing(output_dir) as folder:
-            yield folder
-        return
-    new = output_dir.with_name(f"{output_dir.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    with publishing(new) as folder:
-        yield folder
-    old = output_dir.with_name(f"{output_dir.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    # Between these two renames the model is there under `.new`, complete.
-    os.rename(output_dir, old)
-    os.rename(new, output_dir)
-    sync_path(output_dir.parent)
-    shutil.rmtree(old)
-
-
-def _remove_leftovers(output_dir: Path) -> None:
-    """Remove what a process that was killed while it wrote this very folder has left beside it."""
-    if not output_dir.parent.is_dir():
-        return
-    pattern = re.compile(rf"\.tmp-(\d+)-{re.escape(output_dir.name)}(\.new)?")
-    for leftover in output_dir.parent.iterdir():
-        match = pattern.fullmatch(leftover.name)
-        if match and not _is_running(int(match[1])):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
+    if strangers := not_published(output_dir):
+        raise UserError(
+            f"{output_dir}: --overwrite replaces only what llavaforge wrote, and this has {', '.join(strangers[:3])}"
+            f"{', ...' * (len(strangers) > 3)}. Move that away, or give another --output_dir."
+        )
 
 
 def _updated(files: TensorFiles, modules: Mapping[str, str], changed: Change) -> Iterator[tuple[str, torch.Tensor]]:

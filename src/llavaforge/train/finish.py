@@ -6,11 +6,12 @@ projector. Called by `train/run.py`.
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.publish import publishing
-from llavaforge.checkpoint.state import RUN
+from llavaforge.checkpoint.state import RUN, without_private_paths
 from llavaforge.engine.base import Engine
 from llavaforge.model.load import LoadedModel
 from llavaforge.model.lora import LoraOptions, adapter_tensors, peft_config
@@ -36,12 +37,20 @@ def write_final(
     trained = dict(engine.masters())
     if engine.world.is_writer:
         if lora is None:
-            update_model_folder(folder, loaded.path, trained, extra_files={RUN: json.dumps(run, indent=1) + "\n"})
+            shared = json.dumps(without_private_paths(run), indent=1) + "\n"
+            update_model_folder(folder, loaded.path, trained, extra_files={RUN: shared})
         else:
             with publishing(folder) as temporary:
                 write_shards(temporary, "adapter_model", adapter_tensors(trained).items(), max_shard_bytes=2**62)
-                peft_config(lora, str(loaded.path.absolute())).save_pretrained(temporary)
+                base = _portable(run["config"]["model_name_or_path"])
+                peft_config(lora, base).save_pretrained(temporary)
                 write_processor(temporary, loaded.processor)
                 (temporary / RUN).write_text(json.dumps(run, indent=1) + "\n")
         logger.info("finished model: %s", folder)
     engine.world.barrier()
+
+
+def _portable(name_or_path: str) -> str:
+    """Return a model's name for other people's eyes: as the user gave it, an absolute path relative to this folder."""
+    path = Path(name_or_path).expanduser()
+    return os.path.relpath(path) if path.is_absolute() else name_or_path

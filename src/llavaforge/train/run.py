@@ -96,7 +96,7 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
         final = config.output_dir / stages.FINAL
         if world.from_writer(final.is_dir() and not faults(final) if world.is_writer else False):
             logger.info("%s is finished already: skipped", config.output_dir)
-            return dict(load_run(final)["result"])
+            return load_run(final)["result"] | {"output_dir": str(config.output_dir)}
         engine = open_engine(world, settings)
         bad_samples = BadSamples(config.output_dir, data.left_out, config.max_bad_samples, world.is_writer)
         trainer = Trainer(

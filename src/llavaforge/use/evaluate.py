@@ -9,7 +9,8 @@ Comes in: a model and a data set. Goes out: the summary, and `samples.jsonl`:
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import DataEntry, EvaluateConfig
-from llavaforge.data.index import open_sound_index
+from llavaforge.data.index import SampleIndex, open_sound_index
 from llavaforge.data.loader import PackDataset, loading
 from llavaforge.data.pack import Pack
 from llavaforge.data.plan import MicroBatch, in_order
@@ -53,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     step_module.to("cuda" if torch.cuda.is_available() else "cpu")
     entry = DataEntry(path=config.data_path, images=config.image_folder, max_samples=config.max_samples)
     index = open_sound_index([entry], loaded.processor, loaded.num_image_tokens, config)
-    records = list(records_of(index.parts[0].source))
+    records = _as_cut(records_of(index.parts[0].source), index)
     dataset = PackDataset(
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )
@@ -74,6 +75,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.output_dir is not None:
         _write(config.output_dir, lines, summary)
     return summary
+
+
+def _as_cut(records: Iterable[Record], index: SampleIndex) -> list[Record]:
+    """Return records without the turns, and their images, that did not fit `max_length`."""
+    columns = zip(records, index.column("num_turns_dropped"), index.num_images, strict=True)
+    return [
+        replace(record, turns=record.turns[: len(record.turns) - dropped], images=record.images[:num_images])
+        for record, dropped, num_images in columns
+    ]
 
 
 def is_match(answer: str, reference: str) -> bool:
