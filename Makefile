@@ -24,7 +24,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench.race
 
 bench-data: .venv/installed
 	$(BIN)/python -m bench.data

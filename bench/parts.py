@@ -1,7 +1,6 @@
 """The model that all contenders train: two random parts of a given size, joined by `customize-model`.
 
-Comes in: a size and the texts of the samples. Goes out: a model folder that plain transformers opens. Called by
-`bench/run.py`.
+Comes in: a size and the texts of the samples. Goes out: a model folder that plain transformers opens.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Figures from the contenders' reports: a table for people, JSON for comparisons.
 
-Called by `bench/run.py`. Memory is the most resident memory of the training process, its loader workers apart.
+Memory is the most resident memory of the training process, its loader workers apart.
 """
 
 import statistics
@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.race import WARMUP_STEPS, Report
+from bench.race.race import WARMUP_STEPS, Report
+from bench.race.work import StepWork
 from bench.scenarios import SIDE_TITLES, Scenario, Side
-from bench.work import StepWork
 
 _MIB = 2**20
 

@@ -1,10 +1,9 @@
 """The samples, generated from a seed: the layout of LLaVA-CC3M-Pretrain-595K with two files of records.
 
-    captions.json      one turn, an answer of 12 to 20 tokens, as in LLaVA's stage 1
-    instructions.json  one to six turns, 50 to 300 tokens of text, as in LLaVA-665K
-    images/*.jpg       photographs from a given folder, or generated ones of the usual sizes
+captions.json      one turn, an answer of 12 to 20 tokens, as in LLaVA's stage 1
+instructions.json  one to six turns, 50 to 300 tokens of text, as in LLaVA-665K
+images/*.jpg       photographs from a given folder, or generated ones of the usual sizes
 
-Called by `bench/run.py`.
 """
 
 import json

@@ -40,7 +40,7 @@ REAL = "CLIP-L/336 + Qwen1.5-4B"
 SIZES: dict[str, ModelSize] = {
     # The published configs of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B.
     REAL: ModelSize(336, 1024, 4096, 24, 16, 2560, 6912, 40, 20, 151_936),
-    # The same share of work per part at a 120th of the parameters (`bench/shares.py` prints both).
+    # The same share of work per part at a 120th of the parameters (`bench/race/shares.py` prints both).
     "replica": ModelSize(336, 192, 768, 6, 3, 512, 1408, 8, 8, 6_170),
     # For the tests: seconds, not minutes; its figures mean nothing.
     "tiny": ModelSize(56, 32, 64, 2, 2, 64, 128, 2, 2, 1_000),

@@ -9,9 +9,9 @@ from transformers.utils import logging as transformers_logging
 
 import tiny_parts
 from llavaforge.config.schema import CustomizeModelConfig
-from llavaforge.data.shapes import write_shapes
 from llavaforge.join.parts import customize_model
 from llavaforge.model.load import LoadedModel, load_model
+from llavaforge.starter.shapes import write_shapes
 
 # These take minutes each: first, so that the two workers end together.
 _LONG = ("slurm/test_training.py", "test_quickstart.py", "slurm/test_run_sh.py", "test_zero.py", "test_lost_rank.py")

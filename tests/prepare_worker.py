@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data import prepare, readers
-from llavaforge.data.index import SampleIndex, open_index
+from llavaforge.data.index.index import SampleIndex, open_index, prepare
+from llavaforge.data.rows import readers
 
 
 def open_unread(folder: Path, cache: Path, **entry: Any) -> SampleIndex:

@@ -230,7 +230,7 @@ def test_dashes_and_underscores_are_the_same_and_flags_override_the_recipe(tmp_p
 
 def test_flags_override_every_stage_of_a_recipe(tmp_path: Path) -> None:
     from llavaforge.cli import parse
-    from llavaforge.train.stages import expand
+    from llavaforge.training.stages import expand
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llavaforge.checkpoint import publish as files
-from llavaforge.checkpoint.publish import faults, not_published, publishing, remove_leftovers, replace_text
+from llavaforge import files as files
+from llavaforge.files import faults, not_published, publishing, remove_leftovers, replace_text
 
 
 def publish(folder: Path, text: str, overwrite: bool = False) -> None:

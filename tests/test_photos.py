@@ -8,8 +8,8 @@ import pytest
 import tiny_parts
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.join.parts import customize_model
-from llavaforge.train.metrics import read_metrics
-from llavaforge.train.run import train
+from llavaforge.training.metrics import read_metrics
+from llavaforge.training.run import train
 from train_tools import TRAIN_TYPES, train_config
 
 # 258 photographs in the layout of LLaVA-CC3M-Pretrain-595K; they stand beside the checkout where they are at hand.

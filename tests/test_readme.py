@@ -8,7 +8,7 @@ import pytest
 
 from llavaforge.cli import VERBS, parse
 from llavaforge.config.schema import TrainConfig
-from llavaforge.train.stages import expand
+from llavaforge.training.stages import expand
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.index import SampleIndex, open_index
-from llavaforge.data.loader import PackDataset
-from llavaforge.data.pack import Pack
-from llavaforge.data.plan import MicroBatch
+from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.load.loader import PackDataset
+from llavaforge.data.load.pack import Pack
+from llavaforge.data.order.plan import MicroBatch
 from llavaforge.model.load import LoadedModel
 from llavaforge.model_folder.names import to_module_name
 from llavaforge.model_folder.tensors import open_tensors

@@ -41,25 +41,30 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "quickstart": Verb(
-        "QuickstartConfig", "use.quickstart:quickstart", "the whole story on tiny parts, on a CPU, with no network"
+        "QuickstartConfig", "starter.quickstart:quickstart", "the whole story on tiny parts, on a CPU, with no network"
     ),
     "customize-model": Verb(
         "CustomizeModelConfig", "join.parts:customize_model", "join a vision tower and a language model"
     ),
     "data check": Verb(
-        "DataCheckConfig", "use.data_check:data_check", "find what is wrong with a data set", True, "num_errors"
+        "DataCheckConfig", "data_check.check:data_check", "find what is wrong with a data set", True, "num_errors"
     ),
     "data preview": Verb(
-        "DataPreviewConfig", "use.data_preview:data_preview", "show samples as the model sees them", takes_recipe=True
+        "DataPreviewConfig",
+        "data_preview.preview:data_preview",
+        "show samples as the model sees them",
+        takes_recipe=True,
     ),
     "data make-shapes": Verb(
-        "MakeShapesConfig", "data.shapes:make_shapes", "write a generated data set of coloured shapes"
+        "MakeShapesConfig", "starter.shapes:make_shapes", "write a generated data set of coloured shapes"
     ),
-    "train": Verb("TrainConfig", "train.run:train", "full | freeze_vision | use_lora | projector", takes_recipe=True),
-    "evaluate": Verb("EvaluateConfig", "use.evaluate:evaluate", "held-out loss and exact match"),
-    "chat": Verb("ChatConfig", "use.chat:chat", "ask a model about an image"),
-    "export": Verb("ExportConfig", "use.export:export", "merge, normalise and verify a plain transformers folder"),
-    "slurm": Verb("SlurmConfig", "use.slurm:slurm", "write an sbatch script for a recipe"),
+    "train": Verb(
+        "TrainConfig", "training.run:train", "full | freeze_vision | use_lora | projector", takes_recipe=True
+    ),
+    "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss and exact match"),
+    "chat": Verb("ChatConfig", "inference.chat:chat", "ask a model about an image"),
+    "export": Verb("ExportConfig", "inference.export:export", "merge and verify a plain transformers folder"),
+    "slurm": Verb("SlurmConfig", "sbatch:slurm", "write an sbatch script for a recipe"),
 }
 
 

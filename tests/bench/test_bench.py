@@ -10,12 +10,12 @@ import pytest
 from bench.fairness import Unfair, check_counts, check_first_loss, check_losses
 from bench.machine import source_sha256
 from bench.parts import make_model, make_tokenizer
-from bench.race import race
-from bench.run import main
+from bench.race.race import race
+from bench.race.run import main
+from bench.race.shares import forward_shares
+from bench.race.work import make_tasks
 from bench.samples import NUM_SAMPLES, make_samples
 from bench.scenarios import REAL, SCENARIOS, SIZES, Scenario
-from bench.shares import forward_shares
-from bench.work import make_tasks
 
 NUM_STEPS = 2
 LORA = next(scenario for scenario in SCENARIOS if scenario.train_type == "use_lora")

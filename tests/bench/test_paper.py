@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from bench.paper import (
+from bench.scaling.paper import (
     LINKS,
     TRAIN_TYPES,
     activations,
@@ -17,7 +17,7 @@ from bench.paper import (
     share,
     share_table,
 )
-from bench.wire import Weights
+from bench.scaling.wire import Weights
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
 TOTAL, TOWER, PROJECTOR, LANGUAGE_MODEL = 4_263_056_896, 303_507_456, 9_180_160, 3_950_369_280

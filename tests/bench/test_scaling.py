@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from bench.parts import text_config, vision_config
-from bench.processes import ProcessFailed, run
-from bench.scaling import SCALED, main
+from bench.scaling.processes import ProcessFailed, run
+from bench.scaling.run import SCALED, main
+from bench.scaling.wire import Weights, formula, gloo_bytes, ring_bytes
 from bench.scenarios import SIZES
-from bench.wire import Weights, formula, gloo_bytes, ring_bytes
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.model.trainable import select
+from llavaforge.model.train_types import select
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("zero1", "zero2", SCALED)  # the shipped zero3 is `SCALED` with bounds that a tiny model never reaches

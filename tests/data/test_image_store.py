@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from llavaforge.data.faults import RecordError
-from llavaforge.data.image_store import ImageStore, find_image_root
-from llavaforge.data.records import ImageRef
+from llavaforge.data.storage.image_ref import ImageRef
+from llavaforge.data.storage.image_store import ImageStore, find_image_root
 from llavaforge.errors import UserError
 
 FILES = {"a.jpg": b"first" * 1000, "sub/b.jpg": b"second" * 1000}

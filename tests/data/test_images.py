@@ -17,8 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llavaforge.data import images
-from llavaforge.data.images import (
+from llavaforge.data.pixels import decode as images
+from llavaforge.data.pixels.decode import (
     ImageError,
     ImageFacts,
     ImageTooLarge,
@@ -27,7 +27,7 @@ from llavaforge.data.images import (
     decode,
     inspect,
 )
-from llavaforge.data.preprocessing import Preprocessing
+from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.errors import UserError
 from llavaforge.model.tower import normalize
 

@@ -20,13 +20,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from llavaforge.config.schema import DataEntry, DataOptions, SampleOptions, TrainConfig
-from llavaforge.data.index import SampleIndex, open_index
-from llavaforge.data.mixture import Mixture, mix, split_held_out, without_quarantined
-from llavaforge.data.plan import Plan
+from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.order.mixture import Mixture, mix, split_held_out, without_quarantined
+from llavaforge.data.order.plan import Plan
 from llavaforge.errors import StoppedEarly, UserError
-from llavaforge.train.metrics import read_metrics
-from llavaforge.train.run import train
-from llavaforge.train.trainer import Trainer
+from llavaforge.training.metrics import read_metrics
+from llavaforge.training.run import train
+from llavaforge.training.trainer import Trainer
 from train_tools import train_config
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from bench.images import measure
+from bench.data.images import measure
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llavaforge.data.images import decode
-from llavaforge.data.preprocessing import Preprocessing
+from llavaforge.data.pixels.decode import decode
+from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model.tower import normalize
 
 PHOTOS = Path(os.environ.get("LLAVAFORGE_PHOTOS", Path(__file__).parents[3] / "shared" / "data" / "photos")) / "images"

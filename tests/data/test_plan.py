@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavaforge.data.mixture import Mixture
-from llavaforge.data.plan import Plan, deal_in_order, in_order, num_steps
+from llavaforge.data.order.mixture import Mixture
+from llavaforge.data.order.plan import Plan, deal_in_order, in_order, num_steps
 from llavaforge.errors import UserError
 
 

@@ -23,11 +23,11 @@ import pytest
 from tokenizers import normalizers
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data import prepare, workers
-from llavaforge.data.index import SampleIndex, open_index, open_sound_index
-from llavaforge.data.records import Record, Turn
+from llavaforge.data.index.index import SampleIndex, open_index, open_sound_index, prepare
+from llavaforge.data.rows.records import Record, Turn
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
+from llavaforge.processes import workers
 from prepare_worker import open_unread, prepare_and_die, prepare_and_wait
 
 Rows = list[dict[str, Any]]

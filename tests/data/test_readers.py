@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data import archives, json_list
 from llavaforge.data.faults import KINDS, Fault
-from llavaforge.data.index import SampleIndex, open_index
-from llavaforge.data.readers import Malformed, parse_raw, read_chunks
+from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.rows import json_list
+from llavaforge.data.rows.readers import Malformed, parse_raw, read_chunks
+from llavaforge.data.storage import archives
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
 
@@ -336,7 +337,7 @@ def test_no_row_of_parquet_or_arrow_crashes_or_passes_unnoticed(
     table: pa.Table, group: int, kind: str, batch: int, open_: Callable[..., SampleIndex], loaded_llava: LoadedModel,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("llavaforge.data.columns._BATCH", batch)
+    monkeypatch.setattr("llavaforge.data.storage.columns._BATCH", batch)
     (tmp_path / "a.jpg").write_bytes(b"not looked at here")
     path = tmp_path / f"rows.{kind}"
     if kind == "parquet":
@@ -459,7 +460,7 @@ ARCHIVES = archives_to_damage()
 READS_ALL = """
 import resource, sys
 from pathlib import Path
-from llavaforge.data.readers import read_chunks
+from llavaforge.data.rows.readers import read_chunks
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

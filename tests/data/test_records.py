@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavaforge.data.faults import KINDS, RecordError
-from llavaforge.data.records import CAPTION_PROMPT, FORMATS, ImageRef, Record, Turn, parse_record
+from llavaforge.data.rows.records import CAPTION_PROMPT, FORMATS, Record, Turn, parse_record
+from llavaforge.data.storage.image_ref import ImageRef
 
 QUESTION = "Provide a brief description of the given image.\n<image>"
 ANSWER = "olive oil is a healthy ingredient used liberally ."

@@ -19,10 +19,10 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PillowImage
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data import columns
-from llavaforge.data.index import SampleIndex, open_index, open_sound_index, sample_builder
-from llavaforge.data.records import CAPTION_PROMPT, parse_record
-from llavaforge.data.sources import find_source
+from llavaforge.data.index.index import SampleIndex, open_index, open_sound_index, sample_builder
+from llavaforge.data.rows.records import CAPTION_PROMPT, parse_record
+from llavaforge.data.rows.sources import find_source
+from llavaforge.data.storage import columns
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
 

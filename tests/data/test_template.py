@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_parts
 from llavaforge.data.faults import RecordError
-from llavaforge.data.records import ImageRef, Record, Turn
-from llavaforge.data.sample import IGNORE_INDEX, SampleBuilder
-from llavaforge.data.template import ChatTemplate
+from llavaforge.data.rows.records import Record, Turn
+from llavaforge.data.storage.image_ref import ImageRef
+from llavaforge.data.text.sample import IGNORE_INDEX, SampleBuilder
+from llavaforge.data.text.template import ChatTemplate
 from llavaforge.errors import UserError
 
 QWEN15 = (

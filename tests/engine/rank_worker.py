@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.pack import Pack
+from llavaforge.data.load.pack import Pack
 from llavaforge.model import loss
 from llavaforge.model.step import StepModule
-from llavaforge.train.run import train
-from llavaforge.train.trainer import Trainer
+from llavaforge.training.run import train
+from llavaforge.training.trainer import Trainer
 
 RANK = int(os.environ.get("RANK", "0"))
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llavaforge.train.metrics import read_metrics
-from llavaforge.train.run import train
+from llavaforge.training.metrics import read_metrics
+from llavaforge.training.run import train
 from ranks import free_port
 from train_tools import command, train_config
 

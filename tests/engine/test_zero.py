@@ -14,8 +14,8 @@ from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.errors import StoppedEarly
 from llavaforge.join.parts import customize_model
 from llavaforge.model_folder.tensors import open_tensors
-from llavaforge.train.metrics import read_metrics
-from llavaforge.train.run import train
+from llavaforge.training.metrics import read_metrics
+from llavaforge.training.run import train
 from rank_worker import injected
 from ranks import RankPool
 from tiny_parts import save_language_model

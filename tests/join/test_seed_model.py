@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bench.qwen import SPECIAL_TOKENS, qwen_tokenizer
+from bench.data.qwen import SPECIAL_TOKENS, qwen_tokenizer
 from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, Qwen2Config
 
 import tiny_parts

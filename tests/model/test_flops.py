@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.index import Row
-from llavaforge.data.pack import Pack, make_pack
-from llavaforge.data.preprocessing import Preprocessing
-from llavaforge.data.records import ImageRef
+from llavaforge.data.index.index import Row
+from llavaforge.data.load.pack import Pack, make_pack
+from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.step import StepModule
-from llavaforge.model.trainable import select
+from llavaforge.model.train_types import select
 from train_tools import TRAIN_TYPES
 
 SIDE, PATCH, IMAGE_TOKEN, NUM_IMAGE_TOKENS = 56, 14, 99, 16

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.model.trainable import select
+from llavaforge.model.train_types import select
 
 
 def seeds_model() -> LlavaForConditionalGeneration:

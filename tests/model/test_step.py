@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llavaforge.data.pack import Pack
-from llavaforge.data.sample import IGNORE_INDEX, Sample
+from llavaforge.data.load.pack import Pack
+from llavaforge.data.text.sample import IGNORE_INDEX, Sample
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.loss import loss_sum
 from llavaforge.model.step import StepModule

@@ -10,7 +10,7 @@ import pytest
 from cluster import KILL_WAIT_S, Cluster, wait
 
 from llavaforge.config.schema import SlurmConfig
-from llavaforge.use.slurm import slurm
+from llavaforge.sbatch import slurm
 
 pytestmark = pytest.mark.slurm
 

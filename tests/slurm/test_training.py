@@ -11,11 +11,11 @@ import torch
 import yaml
 from cluster import Cluster, wait
 
-from llavaforge.checkpoint.publish import faults
 from llavaforge.checkpoint.state import load_run
 from llavaforge.config.schema import CustomizeModelConfig
+from llavaforge.files import faults
 from llavaforge.join.parts import customize_model
-from llavaforge.train.metrics import read_metrics
+from llavaforge.training.metrics import read_metrics
 from train_tools import tensors_of
 
 pytestmark = pytest.mark.slurm
@@ -30,7 +30,7 @@ PER_PROCESS = 4
 def recipe(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Quickstart's parts, joined, in a recipe that saves only when it is asked to stop."""
     folder = tmp_path_factory.mktemp("recipe")
-    parts = files("llavaforge") / "assets"
+    parts = files("llavaforge") / "starter"
     model = CustomizeModelConfig(
         vision_tower=str(parts / "small-clip"), language_model=str(parts / "small-qwen2"), output_dir=folder / "model"
     )

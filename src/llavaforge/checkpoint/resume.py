@@ -1,6 +1,6 @@
 """Whose folder is this, and from which checkpoint does the run go on?
 
-Comes in: `output_dir` and the run's identity. Goes out: a valid checkpoint or None. Called by `train/run.py`.
+Comes in: `output_dir` and the run's identity. Goes out: a valid checkpoint or None.
 """
 
 import fcntl
@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llavaforge.checkpoint.publish import faults, remove_leftovers, replace_text
 from llavaforge.checkpoint.state import PREFIX, RUN, load_run, steps_of
-from llavaforge.engine.world import World
 from llavaforge.errors import UserError
+from llavaforge.files import faults, remove_leftovers, replace_text
+from llavaforge.processes.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A resumable checkpoint: full float32 weights and moments of what learns, and where the run stands.
 
-Comes in: an engine and the run's counts. Goes out: `output_dir/checkpoint-N/`, readable by either engine on any
-number of processes:
+Comes in: an engine and the run's counts. Goes out: `output_dir/checkpoint-N/`, readable by either engine on any number
+of processes:
 
     state.safetensors     weight/<name>, exp_avg/<name>, exp_avg_sq/<name>, float32, full shape; in shards
                           (state-00001-of-00004.safetensors and an index) when large or written by several processes
@@ -9,8 +9,7 @@ number of processes:
     run.json              what run this belongs to: identity, config, base model
     manifest.json         sizes and SHA-256
 
-What is frozen is not in it: it is found in the base model, whose fingerprint `run.json` holds. Called by
-`train/trainer.py`.
+What is frozen is not in it: it is found in the base model, whose fingerprint `run.json` holds.
 """
 
 import json
@@ -22,8 +21,8 @@ from typing import Any
 
 import torch
 
-from llavaforge.checkpoint.publish import entry_of, publishing, replace_text, sync_path
 from llavaforge.engine.base import Engine, ParameterState
+from llavaforge.files import entry_of, publishing, replace_text, sync_path
 from llavaforge.model_folder.tensors import name_shards, open_tensors, write_numbered
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """What a run trained, read back: from a checkpoint-N, or from a LoRA run's `final`.
 
 Comes in: a folder of a run. Goes out: the trained tensors and the base model they belong to, put into a loaded model or
-merged into a new folder. Called by `train/stages.py` and `use/`.
+merged into a new folder.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from llavaforge.checkpoint.publish import faults, fingerprint
 from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
+from llavaforge.files import faults, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.lora import LoraOptions, add_lora, lora_modules, merged_weight, trained_tensors
-from llavaforge.model.trainable import lora_options
+from llavaforge.model.train_types import lora_options
 from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.model_folder.write import update_model_folder
 

@@ -1,7 +1,7 @@
 """From a YAML recipe and command-line flags to one validated config.
 
-Comes in: a recipe path (or none) and overrides. Goes out: an instance of a class of `config/schema.py`.
-Called by `cli.py` and by `train/stages.py`. All faults are `UserError`s that name the key and the nearest known one.
+Comes in: a recipe path (or none) and overrides. Goes out: an instance of a class of `config/schema.py`. All faults are
+`UserError`s that name the key and the nearest known one.
 """
 
 import difflib

@@ -20,7 +20,7 @@ _NO_BOUND = 2**31
 
 def shipped_deepspeed() -> dict[str, Path]:
     """Return the DeepSpeed files that llavaforge brings, by name (`recipes/deepspeed/` in the repository)."""
-    folder = Path(__file__).parent.parent / "assets" / "deepspeed"
+    folder = Path(__file__).parent.parent / "engine" / "deepspeed"
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 

@@ -1,7 +1,7 @@
 """What can be wrong with a record or an image: every kind, once.
 
-A fault is found when data is prepared (`data/prepare.py`), when all images are decoded (`data/doctor.py`) or when a
-training step reads an image (`data/loader.py`). One fault:
+A fault is found when data is prepared (`data/index/prepare.py`), when all images are decoded (`data_check/findings.py`)
+or when a training step reads an image (`data/load/loader.py`). One fault:
 
     {"kind": "empty_answer", "file": "chat.json", "row": 17, "id": "000017", "message": "the answer in turn 1 is empty.
     Give it a text or remove the row."}

@@ -1,7 +1,6 @@
 """What a training loop needs of an engine, and nothing else. All distributed code lives behind this and `world.py`.
 
 Comes in: a `StepModule` and `Group`s. Goes out: gradients, steps, the state to save.
-Called by `train/`; implemented by `plain.py` (one process) and `zero.py` (DeepSpeed).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +9,10 @@ from typing import Protocol
 
 import torch
 
-from llavaforge.data.pack import Pack
-from llavaforge.engine.world import World
+from llavaforge.data.load.pack import Pack
 from llavaforge.model.step import StepModule
-from llavaforge.model.trainable import Group
+from llavaforge.model.train_types import Group
+from llavaforge.processes.world import World
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llavaforge.data.pack import Pack
+from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
-from llavaforge.engine.world import World
 from llavaforge.model.step import StepModule
-from llavaforge.model.trainable import Group
+from llavaforge.model.train_types import Group
+from llavaforge.processes.world import World
 
 
 class PlainEngine:

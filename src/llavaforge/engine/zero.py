@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from llavaforge.data.pack import Pack
+from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
 from llavaforge.engine.plain import peak_memory_bytes
-from llavaforge.engine.world import World
 from llavaforge.engine.zero_config import offloads_optimizer, stage_of
 from llavaforge.model.step import StepModule
-from llavaforge.model.trainable import Group
+from llavaforge.model.train_types import Group
+from llavaforge.processes.world import World
 
 _CLIP_NEVER = 1e30  # DeepSpeed reads 0 as "no clipping" but some of its optimizers then report no norm
 _MOMENTS = ("exp_avg", "exp_avg_sq")

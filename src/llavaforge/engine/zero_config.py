@@ -1,7 +1,6 @@
 """The DeepSpeed settings of a run: a shipped file or the user's, its `auto` values filled in, contradictions refused.
 
 Comes in: `--deepspeed` and the values that the recipe decides. Goes out: the dict that `deepspeed.initialize` takes.
-Called by `train/run.py` before any weight is read.
 
 A setting that would have no effect is an error: what a file says must be what happens.
 """

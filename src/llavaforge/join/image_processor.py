@@ -1,6 +1,6 @@
 """The image processor of a joined model: the tower's own, or one that pads to a square first.
 
-Comes in: the tower's folder and config. Goes out: an image processor on the Pillow backend. Called by `parts.py`.
+Comes in: the tower's folder and config. Goes out: an image processor on the Pillow backend.
 """
 
 import logging
@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llavaforge.errors import UserError
 from llavaforge.model_folder.read import read_json
+from llavaforge.model_folder.towers import TOWERS
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +59,4 @@ def _own(folder: Path) -> Any:
 def _default(folder: Path, vision_config: Any) -> Any:
     """Return what the tower's family was trained with."""
     log.warning("%s: has no preprocessor_config.json; the settings of its family's original models are used.", folder)
-    edge = vision_config.image_size
-    square = {"height": edge, "width": edge}
-    if vision_config.model_type == "clip_vision_model":
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": edge}, crop_size=square, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
-        )
-    return SiglipImageProcessorPil(size=square, image_mean=IMAGENET_STANDARD_MEAN, image_std=IMAGENET_STANDARD_STD)
+    return TOWERS[vision_config.model_type].image_processor(vision_config.image_size)

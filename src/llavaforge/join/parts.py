@@ -1,7 +1,7 @@
 """Two pre-trained parts become one LLaVA folder: the story of `llavaforge customize-model`.
 
 Comes in: a `CustomizeModelConfig`. Goes out: a folder that plain transformers opens, proved to be its parts, and a
-table of parameters on stdout. Called by the command line and by `quickstart`.
+table of parameters on stdout.
 """
 
 import copy
@@ -24,8 +24,9 @@ from llavaforge.join.prove import prove, refuse_settings_without_place
 from llavaforge.join.sources import HEAD, TOWER, Part, open_language_model, open_tower, place
 from llavaforge.join.tensors import EMBEDDING, JoinedTensors, compare_files, part_parameters, stock_shapes
 from llavaforge.join.tokenizer import IMAGE_TOKEN, prepare_tokenizer
-from llavaforge.model_folder.read import CLASS_TOKENS, read_generation_config
+from llavaforge.model_folder.read import read_generation_config
 from llavaforge.model_folder.tensors import open_tensors
+from llavaforge.model_folder.towers import TOWERS
 from llavaforge.model_folder.verify import num_placeholders
 from llavaforge.model_folder.write import check_output_dir, write_model_folder
 
@@ -81,7 +82,7 @@ def join_configs(vision_config: Any, text_config: Any, image_token_id: int, **op
         image_token_id: of `<image>`.
         options: further fields of `LlavaConfig`.
     """
-    has_class_token = CLASS_TOKENS[vision_config.model_type] == 1
+    has_class_token = TOWERS[vision_config.model_type].num_class_tokens > 0
     text_config = copy.deepcopy(text_config)
     text_config.vocab_size = num_embeddings(text_config.vocab_size, image_token_id)
     return LlavaConfig(
@@ -151,7 +152,7 @@ def _processor(config: CustomizeModelConfig, tower: Part, tokenizer: Any, joined
         tokenizer=tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=joined_config.vision_feature_select_strategy,
-        num_additional_image_tokens=CLASS_TOKENS[tower.config.model_type],
+        num_additional_image_tokens=TOWERS[tower.config.model_type].num_class_tokens,
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )

@@ -1,7 +1,6 @@
 """The projector: new weights as transformers would draw them, or those of an earlier training.
 
 Comes in: shapes and a seed, or a source of trained weights. Goes out: tensors by their name inside the projector.
-Called by `parts.py`, and by training for its `projector_from`.
 
     {"linear_1.weight": (text width, tower width), "linear_1.bias": (text width,), "linear_2.weight": ..., ...}
 """
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llavaforge.errors import UserError
-from llavaforge.join.sources import resolve
+from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.tensors import TensorFiles, open_pickle, open_tensors
 
 PROJECTOR = "model.multi_modal_projector."
@@ -92,7 +91,7 @@ def _open(source: str) -> TensorFiles:
         if path.suffix == ".safetensors":
             return open_tensors(path.parent, path.stem)
         return open_pickle(path)
-    folder = resolve(source)
+    folder = find_model_folder(source)
     if (folder / "final").is_dir():
         folder = folder / "final"
     if (folder / "adapter_model.safetensors").is_file():

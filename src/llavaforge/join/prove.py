@@ -1,7 +1,7 @@
 """The proof that a joined model is its parts: same text logits, same image features, same token ids.
 
 Comes in: the complete folder (not published yet) and the parts. Goes out: nothing, or a message that names what has no
-place in a LLaVA. Called by `parts.py`. One model is in memory at a time; each is loaded by plain transformers.
+place in a LLaVA. One model is in memory at a time; each is loaded by plain transformers.
 
 Legend: B sequences, T tokens, D width, N images, C channels, H and W pixels.
 """

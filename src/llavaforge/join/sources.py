@@ -1,8 +1,7 @@
 """Where the two parts come from: folders or hub names, of several kinds, each read through the same two objects.
 
 Comes in: a folder (or hub name) with a CLIP, a SigLIP, a causal language model or a whole LLaVA. Goes out: its
-config, and for each tensor of the stock LLaVA the name under which the source keeps it. Called by `parts.py` and
-`prove.py`.
+config, and for each tensor of the stock LLaVA the name under which the source keeps it.
 
     model.vision_tower.encoder.layers.0.mlp.fc1.weight  <-  vision_model.encoder.layers.0.mlp.fc1.weight   (a CLIP)
     model.language_model.layers.0.mlp.up_proj.weight    <-  model.layers.0.mlp.up_proj.weight              (a Qwen2)
@@ -19,9 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llavaforge.errors import UserError
+from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.names import is_buffer, to_module_name
-from llavaforge.model_folder.read import CLASS_TOKENS, read_json, refuse_remote_code
+from llavaforge.model_folder.read import read_json, refuse_remote_code
 from llavaforge.model_folder.tensors import TensorFiles, open_tensors
+from llavaforge.model_folder.towers import TOWERS
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ HEAD = "lm_head.weight"
 
 # What a whole CLIP or SigLIP (or one with a projection) holds besides its vision model.
 _BESIDE_THE_TOWER = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,6 @@ class Part:
     is_llava: bool
 
 
-def resolve(name: str) -> Path:
-    """Return the folder of a part: the folder of that name, or a download of the hub's repository of that name.
-
-    Raises:
-        UserError: there is neither.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name}: no such folder (and no name of a hub repository, such as Qwen/Qwen1.5-4B-Chat).")
-    from huggingface_hub import snapshot_download
-
-    try:
-        for weights in ("*.safetensors", "*.bin"):
-            found = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, weights], ignore_patterns=["*/*"]))
-            if any(found.glob(weights)):
-                return found
-    except (OSError, ValueError) as error:  # no network, no such repository, no access: all of them OSErrors
-        raise UserError(f"{name}: no such folder, and the hub does not give it: {error}") from None
-    raise UserError(f"{name}: the hub's repository holds neither *.safetensors nor *.bin.")
-
-
 def open_tower(name: str) -> Part:
     """Open a vision tower: a CLIP or SigLIP (whole or its vision part), or that of a LLaVA.
 
@@ -84,12 +61,12 @@ def open_tower(name: str) -> Part:
     """
     folder, config = _open(name)
     kind = config.model_type
-    if kind in ("clip", "siglip", "llava"):
+    if kind == "llava" or kind in {family.whole for family in TOWERS.values()}:
         config = config.vision_config
-    if config.model_type not in CLASS_TOKENS:
+    if config.model_type not in TOWERS:
         raise UserError(
-            f"{folder}: is a `{kind}`. A vision tower is a CLIP or a SigLIP (`clip`, `clip_vision_model`, `siglip`, "
-            "`siglip_vision_model`), or a LLaVA with one of them."
+            f"{folder}: is a `{kind}`. A vision tower is one of {', '.join(sorted(TOWERS))}, or part of a "
+            f"{', a '.join(family.whole for family in TOWERS.values())} or a LLaVA."
         )
     to_stock = _part_of_llava(TOWER) if kind == "llava" else _tower_name
     return Part(folder, config, open_tensors(folder), to_stock, kind == "llava")
@@ -176,7 +153,7 @@ def _report(part: Part, left: list[str]) -> None:
 
 
 def _open(name: str) -> tuple[Path, Any]:
-    folder = resolve(name)
+    folder = find_model_folder(name)
     content = read_json(folder / "config.json")
     refuse_remote_code(folder)
     try:

@@ -1,7 +1,7 @@
 """Every tensor of the joined model, streamed from the parts' files.
 
 Comes in: where each tensor is (`sources.place`), the projector, and how far the embedding grows. Goes out: names and
-tensors of the stock LLaVA, in the parts' own bytes. Called by `parts.py`, once to write and once to compare.
+tensors of the stock LLaVA, in the parts' own bytes.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """The language model's tokenizer, made ready for images: `<image>`, a pad token and a chat template.
 
-Comes in: the language model's folder. Goes out: its tokenizer with what was missing, and the id of `<image>`. Called by
-`parts.py`. Whatever is defaulted is said in a warning.
+Comes in: the language model's folder. Goes out: its tokenizer with what was missing, and the id of `<image>`. Whatever
+is defaulted is said in a warning.
 """
 
 import logging

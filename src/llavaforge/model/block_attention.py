@@ -1,8 +1,8 @@
 """Causal attention of one sample on a CPU: blocks of queries against the keys before them, as plain matrix products.
 
-In: queries, keys and values of a sample. Out: what each token attends to. Called by `attention.py` for every sample of
-a pack. PyTorch's own CPU kernel works in tiles so small that in bfloat16 it took nearly half of a training step
-(LOG.md); here a block is a few large products, and no score after a block's last query is computed.
+In: queries, keys and values of a sample. Out: what each token attends to. PyTorch's own CPU kernel works in tiles so
+small that in bfloat16 it took nearly half of a training step (LOG.md); here a block is a few large products, and no
+score after a block's last query is computed.
 
 The weights are kept for the backward pass: half of heads x length^2 numbers per layer. `MAX_LENGTH` bounds that; a
 longer sample is left to PyTorch. In bfloat16 scores are rounded before the softmax, as in transformers' `eager`.

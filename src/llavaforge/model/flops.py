@@ -17,7 +17,7 @@ from torch import nn
 
 from llavaforge.model.lora import is_lora
 from llavaforge.model.tower import num_layers_used, vision_backbone
-from llavaforge.model.trainable import part_of
+from llavaforge.model.train_types import part_of
 
 
 @dataclass(frozen=True)

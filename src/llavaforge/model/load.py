@@ -1,7 +1,6 @@
 """A model folder as what training and use need of it.
 
-Comes in: a folder (or hub name) in llava-hf style. Goes out: a `LoadedModel`. Called by `train/run.py` and
-`use/open.py`.
+Comes in: a folder (or hub name) in llava-hf style. Goes out: a `LoadedModel`.
 """
 
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llavaforge.data.preprocessing import Preprocessing
-from llavaforge.join.sources import resolve
+from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.read import read_processor
 from llavaforge.model_folder.verify import load_verified, num_placeholders
 
@@ -47,7 +46,7 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> LoadedMod
         UserError: not a model folder, no processor, missing or unexpected tensors, or settings that do not fit
         together.
     """
-    path = resolve(name_or_path)
+    path = find_model_folder(name_or_path)
     processor = read_processor(path)
     return LoadedModel(
         path=path,

@@ -1,7 +1,7 @@
 """LoRA on the language model alone (Hu et al. 2021, arXiv:2106.09685), with peft's layers.
 
 Comes in: a stock Llava. Goes out: the same model with LoRA layers inside, and tensors under the names that
-`peft.PeftModel.from_pretrained` expects. Called by `model/trainable.py`, `train/finish.py` and `use/export.py`.
+`peft.PeftModel.from_pretrained` expects.
 """
 
 import math

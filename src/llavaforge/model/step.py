@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llavaforge.data.pack import Pack
-from llavaforge.data.preprocessing import Preprocessing
+from llavaforge.data.load.pack import Pack
+from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model.attention import use_packed_attention
 from llavaforge.model.loss import loss_sum
 from llavaforge.model.tower import normalize, tower_features

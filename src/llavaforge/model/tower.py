@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llavaforge.data.preprocessing import Preprocessing
+from llavaforge.data.pixels.preprocessing import Preprocessing
 
 
 def normalize(pixels_ICHW: torch.Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> torch.Tensor:

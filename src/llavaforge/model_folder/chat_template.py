@@ -1,8 +1,7 @@
 r"""Chat templates that take a message's content both as a string and as a list of images and texts.
 
-Comes in: the language model's own template (or none). Goes out: the same template behind a short preamble. Called by
-the join and by the writers of model folders. The image stands in the text as `<image>`, with a newline between it
-and its neighbours:
+Comes in: the language model's own template (or none). Goes out: the same template behind a short preamble. The image
+stands in the text as `<image>`, with a newline between it and its neighbours:
 
     [{"type": "image"}, {"type": "text", "text": "What?"}]  ->  "<image>\nWhat?"
 """

@@ -1,7 +1,6 @@
 """The JSON files of a model folder that describe the model: `config.json` and `generation_config.json`.
 
 Comes in: transformers' config objects. Goes out: plain dicts that transformers 4 and 5 and vLLM read alike.
-Called by `write.py`.
 """
 
 from typing import Any

@@ -8,8 +8,7 @@ and transformers 4 expect, and 5 understands.
     model.multi_modal_projector.linear_1.weight   multi_modal_projector.linear_1.weight
     model.language_model.layers.0...              language_model.model.layers.0...
     lm_head.weight                                language_model.lm_head.weight
-
-Called by the join, the writers of model folders, checkpoints and export. Pure string work.
+ Pure string work.
 """
 
 import re

@@ -1,7 +1,6 @@
 """Read the small files of a model folder: config, processor, generation config. Never runs code of a folder.
 
-Comes in: a folder written by us or in llava-hf's style. Goes out: transformers' objects, complete. Called by the
-writers, by `verify.py` and by training.
+Comes in: a folder written by us or in llava-hf's style. Goes out: transformers' objects, complete.
 """
 
 import json
@@ -12,11 +11,9 @@ from typing import Any
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProcessor
 
 from llavaforge.errors import UserError
+from llavaforge.model_folder.towers import TOWERS
 
 log = logging.getLogger(__name__)
-
-# Tokens that a tower yields besides its patches: CLIP has a class token, SigLIP has none.
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,7 +115,8 @@ def _complete(processor: LlavaProcessor, folder: Path) -> None:
         log.warning("%s: the processor's patch size and feature selection are filled in from config.json.", folder)
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = CLASS_TOKENS.get(config.vision_config.model_type, 0)
+        family = TOWERS.get(config.vision_config.model_type)
+        processor.num_additional_image_tokens = family.num_class_tokens if family else 0
 
 
 def _take_jinja(processor: LlavaProcessor, folder: Path) -> None:

@@ -1,8 +1,7 @@
 """Read and write files of tensors without ever holding a whole model.
 
-Comes in: a folder with `model.safetensors`, shards with an index, or `pytorch_model.bin`; or a stream of
-named tensors. Goes out: a lazy mapping from name to tensor; or files under Hugging Face's names. Called by
-the join, by the writers of model folders and by checkpoints (which use another stem than `model`).
+Comes in: a folder with `model.safetensors`, shards with an index, or `pytorch_model.bin`; or a stream of named tensors.
+Goes out: a lazy mapping from name to tensor; or files under Hugging Face's names.
 """
 
 import json

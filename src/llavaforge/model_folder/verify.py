@@ -1,7 +1,7 @@
 """Check a model folder by what plain transformers makes of it.
 
-Comes in: a folder. Goes out: the loaded stock model, or a message that names the fault. Called by the join, by export
-and by training before it starts. Nothing here is trusted from memory: files are read anew.
+Comes in: a folder. Goes out: the loaded stock model, or a message that names the fault. Nothing here is trusted from
+memory: files are read anew.
 """
 
 from pathlib import Path

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
-from llavaforge.checkpoint.publish import not_published, publishing
 from llavaforge.errors import UserError
+from llavaforge.files import not_published, publishing
 from llavaforge.model_folder.card import model_card
 from llavaforge.model_folder.config_files import config_json, generation_json
 from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name

@@ -1,7 +1,6 @@
 """From a template of this folder and values to one self-contained HTML page.
 
-Comes in: the name of a template and what it shows. Goes out: the page as text. Called by `use/data_preview.py`, the
-data doctor and `report/charts.py`.
+Comes in: the name of a template and what it shows. Goes out: the page as text.
 
 A page extends the skeleton `page.html.jinja`, which brings the style (`style.css`), light and dark, and a security
 policy that forbids scripts and any request: what a page shows comes from other people's data.
@@ -20,25 +19,25 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from llavaforge.report.tokens import glyphs
+from llavaforge.report.glyphs import glyphs
 
 
-def render(template_name: str, **values: Any) -> str:
-    """Render a template of this folder.
+def render(template: Path, **values: Any) -> str:
+    """Render a template, which may extend and import those of this folder and of its own.
 
     Args:
-        template_name: for instance `preview.html.jinja`.
+        template: such as `data_preview/preview.html.jinja`.
         values: what it shows. Text is escaped; `Markup` (a chart, say) is put in as it is.
 
     Raises:
         jinja2.UndefinedError: the template wants a value that is not given.
     """
-    return _environment().get_template(template_name).render(**values)
+    return _environment(template.parent).get_template(template.name).render(**values)
 
 
-def fragment(template_name: str, **values: Any) -> Markup:
+def fragment(template: Path, **values: Any) -> Markup:
     """Render a template as a part of another page, which will not escape it again."""
-    return Markup(render(template_name, **values))
+    return Markup(render(template, **values))
 
 
 def count(number: float) -> str:
@@ -47,9 +46,9 @@ def count(number: float) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def _environment(folder: Path) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

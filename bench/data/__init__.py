@@ -1,0 +1,1 @@
+"""Preparing and reading data: speed and memory."""

@@ -1,0 +1,1 @@
+"""Side by side: our training step against the usual way."""

@@ -1,0 +1,1 @@
+"""The prepared data: tokenised once, memory-mapped."""

@@ -1,0 +1,354 @@
+"""The tokenised data: memory-mapped Arrow files, built once, with random access to any sample.
+
+Comes in: an entry of a recipe's `data` list, or several. Goes out: a `SampleIndex`.
+
+One row:
+
+    where "chat.json row 7 (id 'GCC_train_002582585')" | images (GCC_train_002582585.jpg in images.zip at byte 81,
+    74,311 bytes) | ids [151644, 872, ...] | supervised_spans [25, 41] | length 626 | num_supervised 16
+"""
+
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute
+
+from llavaforge.config.schema import DataEntry, SampleOptions
+from llavaforge.data.faults import Fault, RecordError, place
+from llavaforge.data.index.fingerprint import contents_of
+from llavaforge.data.index.prepare import faults_of, prepared
+from llavaforge.data.rows.sources import Source, find_source
+from llavaforge.data.storage.image_ref import ImageRef
+from llavaforge.data.storage.image_store import safe_name
+from llavaforge.data.text.sample import SampleBuilder
+from llavaforge.data.text.template import ChatTemplate
+from llavaforge.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_MOST_FAULTS_SHOWN = 10
+_NUM_IMAGES_CHECKED = 1_000
+
+
+class Row(NamedTuple):
+    """One sample.
+
+    Attributes:
+        part: number of its data set in the index.
+        file: name of its record's file.
+        number: of the record in the file, as `faults.place` counts.
+        id: its record's own id.
+        images: in the order of their placeholders.
+        ids: token ids, one placeholder per image.
+        supervised_spans: flat [start, end, start, end, ...] over `ids`.
+        length: tokens once the image tokens are written out.
+    """
+
+    part: int
+    file: str
+    number: int
+    id: str
+    images: tuple[ImageRef, ...]
+    ids: npt.NDArray[np.int32]
+    supervised_spans: npt.NDArray[np.int32]
+    length: int
+
+    @property
+    def where(self) -> str:
+        """The record's place, for messages."""
+        return place(self.file, self.number, self.id)
+
+    def fault(self, error: RecordError) -> Fault:
+        """Return an error as a fault of this record."""
+        return Fault(error.kind, self.file, self.number, self.id, str(error), error.path)
+
+
+class _Batch:
+    """A record batch of the file as views that give a row in microseconds (Arrow's scalars take a hundred)."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        columns = {name: batch.column(name) for name in batch.schema.names}
+        self.id = columns["id"]
+        self.file, self.row, self.length = (columns[name].to_numpy() for name in ("file", "row", "length"))
+        self.ids, self.ids_at = _list_views(columns["ids"])
+        self.spans, self.spans_at = _list_views(columns["supervised_spans"])
+        images = columns["images"]
+        self.images_at = images.offsets.to_numpy()
+        names, *numbers = images.values.flatten()
+        self.image_names, self.image_numbers = names, [column.to_numpy() for column in numbers]
+
+    def image(self, number: int) -> ImageRef:
+        container, offset, size, crc = (int(column[number]) for column in self.image_numbers)
+        return ImageRef(self.image_names[number].as_py(), container, offset, size, crc)
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """The samples of one data set.
+
+    Attributes:
+        path: the Arrow file.
+        source: what it was made from.
+        fingerprint: of all that it depends on.
+    """
+
+    path: Path
+    source: Source
+    fingerprint: str
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker process maps the file itself: all share one copy in memory
+        return {"path": self.path, "source": self.source, "fingerprint": self.fingerprint}
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The mapped file, with the columns of `prepare.SCHEMA`."""
+        return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+
+    @cached_property
+    def faults(self) -> list[Fault]:
+        """The faults of the records that are not in the file."""
+        return faults_of(self.path)
+
+    @cached_property
+    def contents(self) -> str:
+        """Identifies the data files, whatever the model."""
+        return contents_of(self.source)
+
+    def image_paths(self) -> pa.ChunkedArray:
+        """Return every image's path (or place in a file), row by row: equal texts are the same image."""
+        root = self.source.images.root
+        real = pa.array([os.path.realpath(path) for path in self.source.images.containers])
+        first_file = 1 if root.is_dir() else 0
+        chunks = []
+        for batch in self._batches:
+            name, container, offset, size, _ = batch.column("images").values.flatten()
+            place_ = [pa.compute.cast(column, pa.string()) for column in (offset, size)]
+            in_file = pa.compute.binary_join_element_wise(
+                real.take(pa.compute.max_element_wise(container, 0)), *place_, "#"
+            )
+            by_name = pa.compute.binary_join_element_wise(real[0], _without_detours(name), "/")
+            inline = pa.compute.starts_with(name, "data:")
+            named = pa.compute.if_else(inline, name, by_name)
+            chunks.append(pa.compute.if_else(pa.compute.greater_equal(container, first_file), in_file, named))
+        return pa.chunked_array(chunks, type=pa.string())
+
+    def numbers(self, column: str) -> npt.NDArray[Any]:
+        """Return a whole column of numbers."""
+        return self.table.column(column).to_numpy()
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def row(self, number: int, part: int = 0) -> Row:
+        """Return one row."""
+        chunk = bisect_right(self._starts, number) - 1
+        if (batch := self._views.get(chunk)) is None:
+            batch = self._views[chunk] = _Batch(self._batches[chunk])
+        at = number - self._starts[chunk]
+        return Row(
+            part,
+            self._file_names[batch.file[at]],
+            int(batch.row[at]),
+            batch.id[at].as_py(),
+            tuple(batch.image(image) for image in range(batch.images_at[at], batch.images_at[at + 1])),
+            batch.ids[batch.ids_at[at] : batch.ids_at[at + 1]],
+            batch.spans[batch.spans_at[at] : batch.spans_at[at + 1]],
+            int(batch.length[at]),
+        )
+
+    @cached_property
+    def _batches(self) -> list[pa.RecordBatch]:
+        return [batch for batch in self.table.to_batches() if batch.num_rows]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *np.cumsum([batch.num_rows for batch in self._batches]).tolist()][:-1]
+
+    @cached_property
+    def _views(self) -> dict[int, _Batch]:
+        return {}
+
+    @cached_property
+    def _file_names(self) -> list[str]:
+        return self.source.file_names
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Random access to the samples of one or several data sets, numbered one data set after the other.
+
+    Attributes:
+        parts: the data sets.
+    """
+
+    parts: tuple[IndexPart, ...]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Number of the first sample of each part, and of all samples."""
+        return [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens per sample, image tokens included."""
+        return self.column("length").astype(np.int64)
+
+    @cached_property
+    def num_supervised(self) -> npt.NDArray[np.int64]:
+        """Supervised tokens per sample."""
+        return self.column("num_supervised").astype(np.int64)
+
+    @cached_property
+    def num_images(self) -> npt.NDArray[np.int64]:
+        """Images per sample."""
+        counts = [pa.compute.list_value_length(part.table.column("images")).to_numpy() for part in self.parts]
+        return np.concatenate(counts).astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies data, tokenizer, template and options."""
+        return "+".join(part.fingerprint[:16] for part in self.parts)
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Return a column of numbers over all samples."""
+        return np.concatenate([part.numbers(name) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def row(self, number: int) -> Row:
+        """Return one row."""
+        part = bisect_right(self.starts, number, hi=len(self.parts)) - 1
+        return self.parts[part].row(number - self.starts[part], part)
+
+    def read_image(self, row: Row, number: int = 0) -> tuple[bytes, str]:
+        """Return the bytes of a row's image and what messages call it.
+
+        Raises:
+            RecordError: it is not there any more.
+        """
+        images = self.parts[row.part].source.images
+        return images.read(row.images[number]), images.name(row.images[number])
+
+
+def open_index(
+    data: Path | Sequence[DataEntry],
+    processor: Any,
+    num_image_tokens: int,
+    options: SampleOptions,
+    quiet: bool = False,
+) -> SampleIndex:
+    """Open the index of data sets, preparing what is not in the cache. Faulty records are in `parts[i].faults`.
+
+    Args:
+        data: a path as in `TrainConfig.data_path`, or the entries of `TrainConfig.data`.
+        processor: the model's `LlavaProcessor`, or None to read records without tokens.
+        num_image_tokens: tokens that one image takes.
+        options: prompt style, lengths, cache.
+        quiet: show no progress.
+
+    Raises:
+        UserError: a file cannot be read at all.
+    """
+    entries = [DataEntry(path=data, images=options.image_folder)] if isinstance(data, Path) else data
+    builder = sample_builder(processor, num_image_tokens, options) if processor is not None else None
+    cache = cache_dir(options.cache_dir)
+    parts = []
+    for entry in entries:
+        source = find_source(entry, cache)
+        path, fingerprint = prepared(source, builder, cache, quiet)
+        parts.append(IndexPart(path, source, fingerprint))
+    index = SampleIndex(tuple(parts))
+    if not quiet:
+        _report(index)
+    return index
+
+
+def cache_dir(chosen: Path | str | None) -> Path:
+    """Return where prepared data is kept."""
+    return Path(chosen or os.environ.get("LLAVAFORGE_CACHE") or Path.home() / ".cache" / "llavaforge")
+
+
+def open_sound_index(
+    data: Path | Sequence[DataEntry], processor: Any, num_image_tokens: int, options: SampleOptions
+) -> SampleIndex:
+    """Open an index as `open_index` does, and accept no faulty record.
+
+    Raises:
+        UserError: faulty records or missing images, all counted, the first ones named.
+    """
+    index = open_index(data, processor, num_image_tokens, options)
+    for part in index.parts:
+        refuse(part.faults, len(part) + len(part.faults), part.source.name)
+        refuse_missing(part)
+    return index
+
+
+def refuse(faults: Sequence[Fault], num_records: int, name: str) -> None:
+    """Raise one UserError for all faulty records, if there are any."""
+    if not num_records:
+        raise UserError(f"{name}: no rows. A data set needs at least one record with `conversations`.")
+    if not faults:
+        return
+    shown = "\n".join(f"  {fault}" for fault in faults[:_MOST_FAULTS_SHOWN])
+    more = f"\n  ... and {len(faults) - _MOST_FAULTS_SHOWN} more" if len(faults) > _MOST_FAULTS_SHOWN else ""
+    raise UserError(
+        f"{name}: {len(faults)} of {num_records} records are faulty:\n{shown}{more}\n"
+        "`llavaforge data check` names all of them; `--on_bad_sample skip` leaves them out."
+    )
+
+
+def refuse_missing(part: IndexPart) -> None:
+    """Check that images are still there: a sample of them, as all would take minutes on a network drive.
+
+    Raises:
+        UserError: names those that are gone.
+    """
+    if not part.source.images.root.is_dir() or not len(part):
+        return
+    faults = []
+    for number in np.unique(np.linspace(0, len(part) - 1, min(len(part), _NUM_IMAGES_CHECKED), dtype=np.int64)):
+        row = part.row(int(number))
+        try:
+            for image in row.images:
+                part.source.images.locate(image if image.container else ImageRef(image.name))
+        except RecordError as error:
+            faults.append(row.fault(error))
+    refuse(faults, len(part), part.source.name)
+
+
+def sample_builder(processor: Any, num_image_tokens: int, options: SampleOptions) -> SampleBuilder:
+    """Return the builder for a model's processor and the user's options."""
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or tokenizer.chat_template or ""
+    chat = ChatTemplate(tokenizer, template, options.prompt_style, options.system_prompt)
+    return SampleBuilder(tokenizer, chat, int(processor.image_token_id), num_image_tokens, options.max_length)
+
+
+def _without_detours(names: pa.Array) -> pa.Array:
+    odd = pa.compute.match_substring_regex(names, r"(^|/)\.|//|\\")  # few data sets have any
+    if not pa.compute.any(odd).as_py():
+        return names
+    return pa.array([name if name.startswith("data:") else safe_name(name) for name in names.to_pylist()])
+
+
+def _list_views(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    return column.values.to_numpy(), column.offsets.to_numpy()
+
+
+def _report(index: SampleIndex) -> None:
+    for part in index.parts:
+        turns, tokens = int(part.numbers("num_turns_dropped").sum()), int(part.numbers("num_tokens_cut").sum())
+        if turns or tokens:
+            logger.warning("%s: %d turns dropped and %d tokens cut to fit max_length", part.source.name, turns, tokens)
+        if literals := int(part.numbers("num_literals").sum()):
+            logger.warning("%s: %d literal `<image>` in texts are kept as text", part.source.name, literals)

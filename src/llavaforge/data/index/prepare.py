@@ -1,0 +1,316 @@
+"""From a data set to its index: parsed, checked and tokenised once, in parallel, into a memory-mapped Arrow file.
+
+Comes in: a `Source` and a `SampleBuilder`. Goes out: the path of the Arrow file, and the faults of the records that are
+not in it.
+
+The file is found again by a fingerprint of all that it depends on. It appears by a rename once it is complete: an
+interrupted preparation is redone, and of two processes that want the same file one prepares and the other waits.
+"""
+
+import contextlib
+import glob
+import hashlib
+import json
+import logging
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain, count, islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from llavaforge.data.faults import Fault, RecordError
+from llavaforge.data.index.fingerprint import fingerprint_of
+from llavaforge.data.rows.readers import Chunk, Malformed, parse_raw, read_chunks
+from llavaforge.data.rows.records import Record, id_of, parse_record
+from llavaforge.data.rows.sources import Source
+from llavaforge.data.storage import columns
+from llavaforge.data.storage.image_ref import ImageRef
+from llavaforge.data.storage.image_store import ImageStore
+from llavaforge.data.text.sample import Sample, SampleBuilder
+from llavaforge.files import sync_path
+from llavaforge.processes import workers
+from llavaforge.progress import Bar
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2  # raise when a change of this package changes what the file holds
+_CHUNK = 1_000  # records per parallel task; a single chunk is not worth a process
+_ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
+_BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
+_LARGE_GROUP = 64_000_000  # bytes of images in a row group of Parquet
+_IMAGE = pa.struct(
+    [
+        ("name", pa.string()),
+        ("container", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("crc", pa.int64()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("file", pa.int32()),
+        ("row", pa.int64()),
+        ("images", pa.list_(_IMAGE)),
+        ("ids", pa.list_(pa.int32())),
+        ("supervised_spans", pa.list_(pa.int32())),
+        ("length", pa.int32()),
+        ("num_supervised", pa.int32()),
+        ("num_turns_dropped", pa.int32()),
+        ("num_tokens_cut", pa.int32()),
+        ("num_literals", pa.int32()),
+        ("digest", pa.uint64()),
+    ]
+)
+
+
+def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, quiet: bool) -> tuple[Path, str]:
+    """Prepare a data set, or find that it is prepared.
+
+    Args:
+        source: what to read.
+        builder: makes samples; None leaves the token columns empty (to check a data set without a model).
+        cache_dir: where prepared data is kept.
+        quiet: show no progress.
+
+    Returns:
+        The Arrow file, and the fingerprint of all that it depends on. `faults_of` reads the faults beside it.
+
+    Raises:
+        UserError: a file cannot be read at all.
+    """
+    fingerprint = fingerprint_of(source, builder, _FORMAT)
+    first = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{fingerprint[:16]}.arrow"
+    if (path := _current(first, source.images)) is None:
+        first.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(first):
+            if (path := _current(first, source.images)) is None:
+                path = next(version for version in _versions(first) if not version.exists())
+                _prepare(source, builder, path, quiet)
+    return path, fingerprint
+
+
+def _versions(path: Path) -> Iterator[Path]:
+    """Yield the names of an index: when a missing image was added, a new one is made, as the old one may be in use."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}-{number}.arrow")
+
+
+def _current(path: Path, images: ImageStore) -> Path | None:
+    """Return the newest version of an index that is of use still, if there is one."""
+    there = list(takewhile(Path.exists, _versions(path)))
+    return next((version for version in reversed(there) if _is_current(version, images)), None)
+
+
+def faults_of(path: Path) -> list[Fault]:
+    """Return the faults of the records that are not in an Arrow file."""
+    return [Fault(**json.loads(line)) for line in _faults_file(path).read_text().splitlines()]
+
+
+def records_of(source: Source) -> Iterator[Record]:
+    """Yield a data set's sound records, in the order of its index (which leaves out the others)."""
+    worker = _Worker(None, source)
+    for chunk in _limited(source):
+        for raw in chunk.raws:
+            with contextlib.suppress(RecordError):
+                yield worker.record(parse_raw(raw))
+
+
+def _is_current(path: Path, images: ImageStore) -> bool:
+    """Say whether no image that was missing when an index was made has been added since."""
+    missing = [fault.path for fault in faults_of(path) if fault.kind in ("missing_image", "unsafe_path")]
+    for name in missing:
+        with contextlib.suppress(RecordError):
+            images.locate(ImageRef(name))
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.info("another process prepares %s: waiting for it", path.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: bool) -> None:
+    logger.info("preparing %s", source.name)
+    _warn_of_large_groups(source)
+    # Of a preparation that was killed: we hold the lock.
+    for left_over in path.parent.glob(f"{glob.escape(path.stem)}.tmp-*"):
+        left_over.unlink()
+    data, faults = path.with_suffix(f".tmp-{os.getpid()}"), path.with_suffix(f".tmp-{os.getpid()}-faults")
+    worker = _Worker(builder, source)
+    num_records = 0
+    try:
+        with (
+            pa.OSFile(str(data), "wb") as file,
+            pa.ipc.new_file(file, SCHEMA) as writer,
+            faults.open("w") as fault_file,
+            Bar(f"preparing {source.name}", "records", quiet) as bar,
+        ):
+            gathered: list[pa.RecordBatch] = []
+            for share, batch, found in _encoded(source, worker):
+                fault_file.writelines(json.dumps(asdict(fault)) + "\n" for fault in found)
+                gathered.append(batch)
+                num_records += batch.num_rows + len(found)
+                bar.update(num_records, share)
+                if sum(one.num_rows for one in gathered) >= _ROWS_PER_BATCH or _size(gathered) >= _BYTES_PER_BATCH:
+                    writer.write_batch(_joined(gathered))
+                    gathered = []
+            if gathered:
+                writer.write_batch(_joined(gathered))
+        sync_path(data)
+        sync_path(faults)
+        os.replace(faults, _faults_file(path))
+        os.replace(data, path)
+    finally:
+        data.unlink(missing_ok=True)
+        faults.unlink(missing_ok=True)
+
+
+def _warn_of_large_groups(source: Source) -> None:
+    for path in source.files:
+        size = 0
+        with contextlib.suppress(OSError, pa.ArrowException):  # a damaged file is told of when it is read
+            size = columns.largest_group_bytes(path) if path.suffix == ".parquet" else 0
+        if size > _LARGE_GROUP:
+            logger.warning(
+                "%s: each of its images takes decoding %d MB, since Parquet decodes whole row groups. Write it anew "
+                "with row_group_size=100, or with `save_to_disk`.",
+                path, size // 1_000_000,
+            )  # fmt: skip
+            return
+
+
+def _size(batches: Sequence[pa.RecordBatch]) -> int:
+    return sum(batch.nbytes for batch in batches)
+
+
+def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    table = pa.Table.from_batches(batches).combine_chunks()
+    joined = table.to_batches() or batches[:1]
+    assert len(joined) == 1, "Arrow splits what has too many bytes for one batch"
+    return joined[0]
+
+
+def _faults_file(path: Path) -> Path:
+    return path.with_suffix(".faults.jsonl")
+
+
+_Encoded = tuple[pa.RecordBatch, list[Fault]]
+
+
+def _encoded(source: Source, worker: "_Worker") -> Iterator[tuple[float, pa.RecordBatch, list[Fault]]]:
+    """Yield each chunk's samples and faults, in order, with the share of the data that is done by then."""
+    chunks = _limited(source)
+    first = list(islice(chunks, 2))
+    if len(first) < 2:
+        for chunk in first:
+            yield (1.0, *worker(chunk))
+        return
+    for chunk, result in workers.each(worker, chain(first, chunks)):
+        yield ((chunk.file + chunk.progress) / len(source.files), *result)
+
+
+def _limited(source: Source) -> Iterator[Chunk]:
+    left = source.entry.max_samples
+    for number, path in enumerate(source.files):
+        for chunk in read_chunks(path, number, _CHUNK):
+            if left is None:
+                yield chunk
+            elif left > 0:
+                yield Chunk(chunk.file, chunk.rows[:left], chunk.raws[:left], chunk.progress)
+                left -= len(chunk.rows)
+            else:
+                return
+
+
+class _Worker:
+    """Turns chunks into samples; sent to each worker process once."""
+
+    def __init__(self, builder: SampleBuilder | None, source: Source) -> None:
+        self._builder, self._images, self._format = builder, source.images, source.entry.format
+        self._names = source.file_names
+
+    def __call__(self, chunk: Chunk) -> _Encoded:
+        """Return a chunk's samples as Arrow, and the faults of the other rows."""
+        faults: list[Fault] = []
+        rows: list[int] = []
+        records: list[Record] = []
+        raws = [parse_raw(raw) for raw in chunk.raws]
+        for row, raw in zip(chunk.rows, raws, strict=True):
+            try:
+                records.append(self.record(raw))
+                rows.append(row)
+            except RecordError as error:
+                faults.append(self._fault(error, chunk.file, row, id_of(raw)))
+        if self._builder is None:
+            samples = [Sample([], [], 0, num_images=len(record.images)) for record in records]
+            return _arrow(chunk.file, rows, records, samples), faults
+        made = list(zip(rows, records, self._builder.build_all(records), strict=True))
+        good = [(row, record, sample) for row, record, sample in made if isinstance(sample, Sample)]
+        for row, record, fault in made:
+            if isinstance(fault, RecordError):
+                faults.append(self._fault(fault, chunk.file, row, record.id))
+        faults.sort(key=lambda fault: fault.row)
+        return _arrow(chunk.file, *([list(column) for column in zip(*good, strict=True)] or [[], [], []])), faults
+
+    def record(self, raw: Any) -> Record:
+        """Return a raw row as a record whose images are located.
+
+        Raises:
+            RecordError: it is faulty.
+        """
+        if isinstance(raw, Malformed):
+            raise RecordError("malformed_json", raw.message)
+        record = parse_record(raw, self._format)
+        located = tuple(self._images.locate(image) for image in record.images)
+        return Record(record.id, located, record.turns, record.num_literals)
+
+    def _fault(self, error: RecordError, file: int, row: int, id_: str) -> Fault:
+        return Fault(error.kind, self._names[file], row, id_, str(error), error.path)
+
+
+def _arrow(file: int, rows: list[int], records: list[Record], samples: list[Sample]) -> pa.RecordBatch:
+    columns = [
+        [record.id for record in records],
+        [file] * len(rows),
+        rows,
+        [
+            # Turns that were dropped to fit took their images along.
+            [image._asdict() for image in record.images[: sample.num_images]]
+            for record, sample in zip(records, samples, strict=True)
+        ],
+        [sample.ids for sample in samples],
+        [sample.supervised_spans for sample in samples],
+        [sample.length for sample in samples],
+        [sample.num_supervised for sample in samples],
+        [sample.num_turns_dropped for sample in samples],
+        [sample.num_tokens_cut for sample in samples],
+        [record.num_literals for record in records],
+        [_digest(record) for record in records],
+    ]
+    arrays = [pa.array(column, type=kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _digest(record: Record) -> int:
+    """Return 64 bits of a record's contents, its id aside: equal for exact duplicates."""
+    contents = repr(([image[:4] for image in record.images], [tuple(turn) for turn in record.turns]))
+    digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int(struct.unpack("<Q", digest)[0])

@@ -1,0 +1,1 @@
+"""Packs, made in worker processes."""

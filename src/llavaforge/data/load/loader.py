@@ -1,0 +1,146 @@
+"""Packs, made in worker processes in the plan's order.
+
+Comes in: an index, preprocessing and an iterable of `MicroBatch`. Goes out: an iterator of `Pack`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llavaforge.data.faults import Fault, RecordError
+from llavaforge.data.index.index import Row, SampleIndex
+from llavaforge.data.load.pack import BadSample, Pack, make_pack
+from llavaforge.data.order.plan import MicroBatch
+from llavaforge.data.pixels.decode import ImageError, decode
+from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.errors import UserError
+from llavaforge.processes import workers
+
+_PREFETCH = 4  # packs each worker keeps ready
+
+
+class PackDataset(Dataset[Pack]):
+    """Maps a micro-batch to its pack; the only place where pixels are read.
+
+    Attributes:
+        index: the samples.
+        preprocessing: the image processor's steps.
+        image_token_id: the placeholder's id.
+        num_image_tokens: tokens per image.
+        blank_image: give mid-grey pixels instead of the image (to measure what a model guesses blindly).
+        mutes_bad: mute a sample whose image cannot be read (`Pack.bad`), instead of raising.
+    """
+
+    def __init__(
+        self,
+        index: SampleIndex,
+        preprocessing: Preprocessing,
+        image_token_id: int,
+        num_image_tokens: int,
+        blank_image: bool = False,
+        mutes_bad: bool = False,
+    ) -> None:
+        self.index = index
+        self.preprocessing = preprocessing
+        self.image_token_id = image_token_id
+        self.num_image_tokens = num_image_tokens
+        self.blank_image = blank_image
+        self.mutes_bad = mutes_bad
+
+    def __getitem__(self, source: MicroBatch) -> Pack:
+        rows = [self.index.row(number) for number in source.samples]
+        pixels: list[np.ndarray] = []
+        bad: list[BadSample] = []
+        for number, row in zip(source.samples, rows, strict=True):
+            try:
+                pixels += self.pixels(row)
+            except BadImage as error:
+                if not self.mutes_bad:
+                    raise UserError(str(error.fault)) from None
+                pixels += [self.preprocessing.blank()] * len(row.images)
+                bad.append(BadSample(number, int(self.index.num_supervised[number]), error.fault))
+        return make_pack(rows, pixels, self.image_token_id, self.num_image_tokens, source, bad)
+
+    def pixels(self, row: Row) -> list[np.ndarray]:
+        """Return the pixels of a row's images: `uint8` (C, H, W) each.
+
+        Raises:
+            BadImage: one is missing or cannot be decoded.
+        """
+        pixels = []
+        for number in range(len(row.images)):
+            try:
+                image = self.preprocessing(decode(*self.index.read_image(row, number)))
+            except RecordError as error:
+                raise BadImage(row.fault(error)) from None
+            except ImageError as error:
+                raise BadImage(row.fault(RecordError(error.kind, str(error), row.images[number].name))) from None
+            pixels.append(self.preprocessing.blank() if self.blank_image else image)
+        return pixels
+
+
+class BadImage(Exception):
+    """A sample's image cannot be read."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+class _Told(Dataset[Pack | UserError]):
+    """Returns a `UserError` instead of raising it: torch would put a worker's traceback into its message."""
+
+    def __init__(self, dataset: PackDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, source: MicroBatch) -> Pack | UserError:
+        try:
+            return self._dataset[source]
+        except UserError as error:
+            return error
+
+
+def _raised(packs: Iterator[Pack | UserError]) -> Iterator[Pack]:
+    for pack in packs:
+        if isinstance(pack, UserError):
+            raise pack
+        yield pack
+
+
+@contextmanager
+def loading(
+    dataset: PackDataset, order: Iterable[MicroBatch], num_workers: int, pin_memory: bool
+) -> Iterator[Iterator[Pack]]:
+    """Give an iterator over the packs of `order`; the workers are gone when the block ends.
+
+    Args:
+        dataset: makes the packs.
+        order: what to load, in this order whatever the number of workers.
+        num_workers: processes (0: this one).
+        pin_memory: put packs in page-locked memory, for a GPU.
+    """
+    loader: DataLoader[Pack | UserError] = DataLoader(
+        _Told(dataset),
+        sampler=order,  # any iterable of keys will do; a plan need not know its length
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=_PREFETCH if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker if num_workers else None,
+        multiprocessing_context=workers.context() if num_workers else None,
+    )
+    with workers.signals_blocked():
+        iterator = iter(loader)
+    try:
+        yield _raised(iterator)
+    finally:
+        if num_workers and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+
+def _start_worker(_: int) -> None:
+    workers.end_with_parent()
+    torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""Rows of data sets, in any known format, as records."""

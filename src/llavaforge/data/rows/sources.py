@@ -1,0 +1,189 @@
+"""What a `data_path` is: which files hold the rows, which kind they are, and where the images are.
+
+Comes in: an entry of a recipe's `data` list. Goes out: a `Source`.
+
+    data/LLaVA-CC3M-Pretrain-595K/         chat.json, images/ or images.zip
+    rows.jsonl.zst                         one file: .json, .jsonl, .ndjson, also .gz and .zst
+    my-set/                                data/train-00000-of-00004.parquet ..., or what `save_to_disk` wrote
+    shards/                                000000.tar ... (WebDataset)
+    liuhaotian/LLaVA-CC3M-Pretrain-595K    a data set of the hub, when there is no such folder
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavaforge.config.schema import DataEntry
+from llavaforge.data.storage import columns
+from llavaforge.data.storage.image_store import ImageStore, close_files, find_image_root
+from llavaforge.errors import UserError
+
+_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_PACKED = (".gz", ".zst")
+_SUFFIXES = (*_TEXT_SUFFIXES, *columns.SUFFIXES, ".tar")
+_KNOWN = f"{', '.join(_SUFFIXES)}; of the first three also .gz and .zst"
+_USUAL_SPLITS = ("train", "validation", "val", "valid", "dev", "test", "eval")
+_NUMBERED = re.compile(r"-\d+-of-\d+")
+_SHARD = re.compile(r"([A-Za-z][\w.-]*?|)(?:-\d+-of-\d+(?:-[0-9a-f]+)?|[-_.]?\d*)")  # (split) (number of the shard)
+_USUAL_NAMES = ("chat", "data", "train")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set on the disk.
+
+    Attributes:
+        entry: what the user asked for.
+        name: of it in messages.
+        files: hold the rows, in order.
+        images: the images.
+    """
+
+    entry: DataEntry
+    name: str
+    files: tuple[Path, ...]
+    images: ImageStore
+
+    @property
+    def file_names(self) -> list[str]:
+        """What messages call the files: their names, with the folder where two share one."""
+        names = [file.name for file in self.files]
+        return names if len(set(names)) == len(names) else [str(file) for file in self.files]
+
+
+def find_source(entry: DataEntry, cache_dir: Path) -> Source:
+    """Find the files of a data set.
+
+    Raises:
+        UserError: nothing usable is there; says what was looked for.
+    """
+    close_files()  # of an earlier time, before they were changed
+    path = entry.path.expanduser()
+    if not path.exists():
+        path = _from_hub(str(entry.path))
+    if path.is_dir() and entry.split and (path / entry.split).is_dir() and not _is_saved(path):
+        path, entry = path / entry.split, entry.model_copy(update={"split": None})
+    files = _files(path, entry)
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file}: not there, or not readable. Save or download {path} again.")
+    root = find_image_root(entry.images, path if path.is_dir() else path.parent)
+    own = files if _kind(files[0]) not in _TEXT_SUFFIXES else ()
+    return Source(entry, str(entry.path), tuple(files), ImageStore((root, *own), cache_dir / "archives"))
+
+
+def _files(path: Path, entry: DataEntry) -> list[Path]:
+    if path.is_file():
+        if _kind(path) not in _SUFFIXES:
+            hint = " Unpack it: it is read in place." if set(path.suffixes) & {".tgz", *_PACKED} else ""
+            raise UserError(f"{path}: not a known kind of data file.{hint} Known: {_KNOWN}.")
+        if entry.split:
+            raise UserError(f"{path}: a single file has no split {entry.split!r}. Drop `split`, or name the folder.")
+        return [path]
+    if _is_saved(path):
+        return _saved_files(path, entry.split)
+    found = [file for file in sorted(path.iterdir()) if _is_data(file)]
+    texts = [file for file in found if _kind(file) in _TEXT_SUFFIXES]
+    found += [file for file in sorted((path / "data").glob("*")) if _is_data(file)]
+    if entry.split or not any(file.name.split(".")[0] == "chat" for file in texts):
+        for suffixes in (columns.SUFFIXES, (".tar",)):
+            shards = [file for file in found if _kind(file) in suffixes and not _is_image_root(file, entry)]
+            if shards:
+                return _of_split(path, shards, entry.split)
+    if texts and all(_NUMBERED.search(file.name) for file in texts):
+        return _of_split(path, texts, entry.split)
+    return [_text_file(path, texts, entry.split)]
+
+
+def _is_data(file: Path) -> bool:
+    return file.is_file() and _kind(file) in _SUFFIXES and not file.name.startswith(".")
+
+
+def _is_image_root(file: Path, entry: DataEntry) -> bool:
+    return file.stem == "images" or (entry.images is not None and entry.images.exists() and file.samefile(entry.images))
+
+
+def _text_file(path: Path, found: list[Path], split: str | None) -> Path:
+    for name in (split,) if split else _USUAL_NAMES:
+        named = [file for file in found if file.name.split(".")[0] == name]
+        if named:
+            return named[0]
+    if len(found) == 1 and not split:
+        return found[0]
+    names = ", ".join(file.name for file in found[:10])
+    if split:
+        raise UserError(f"{path}: no split {split!r}. It holds: {names or 'no data files'}.")
+    raise UserError(
+        f"{path}: no chat.json in this folder"
+        + (f", and several other data files ({names}): name one. " if found else ". ")
+        + f"Name the data file itself ({_KNOWN}), or take the layout of LLaVA-CC3M-Pretrain-595K: chat.json, images/."
+    )
+
+
+def _of_split(path: Path, files: Sequence[Path], split: str | None) -> list[Path]:
+    """Return the shards of a split: `train-00000-of-00004.parquet` is of the split train."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        stem = file.name.removesuffix(file.suffix).removesuffix(_kind(file))
+        match = _SHARD.fullmatch(stem)
+        splits.setdefault(match.group(1) if match else stem, []).append(file)
+    if split is None:
+        if "train" in splits:
+            return splits["train"]
+        if len(splits) == 1 or not any(name in _USUAL_SPLITS for name in splits):
+            return list(files)
+    elif split in splits:
+        return splits[split]
+    names = ", ".join(name or "(no name)" for name in splits)
+    raise UserError(
+        f"{path}: has the splits {names}: name one with `split`."
+        if split is None
+        else f"{path}: no split {split!r}. It has: {names}."
+    )
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _saved_files(path: Path, split: str | None) -> list[Path]:
+    """Return the files of a folder that `datasets.save_to_disk` wrote."""
+    try:
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+            chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
+            if chosen is None or chosen not in splits:
+                problem = "" if split is None else f"no split {split!r}: it "
+                raise UserError(f"{path}: {problem}has the splits {', '.join(splits)}. Name one with `split`.")
+            path = path / chosen
+        elif split:
+            raise UserError(f"{path}: has no splits, so not {split!r}. Drop `split`.")
+        files = json.loads((path / "state.json").read_bytes())["_data_files"]
+        saved = [path / file["filename"] for file in files]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not what `save_to_disk` writes ({error}). Save it again.") from None
+    if not saved:
+        raise UserError(f"{path}: a saved data set without rows.")
+    return saved
+
+
+def _kind(path: Path) -> str:
+    """Return a file's suffix; of packed text the one below .gz or .zst."""
+    suffixes = path.suffixes
+    packed_text = len(suffixes) > 1 and suffixes[-1] in _PACKED and suffixes[-2] in _TEXT_SUFFIXES
+    return suffixes[-2] if packed_text else path.suffix
+
+
+def _from_hub(name: str) -> Path:
+    is_local = Path(name).parent.exists() or _kind(Path(name)) in _SUFFIXES
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{name}: no such file or folder (data_path).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no such file or folder (data_path), and the hub does not give it: {error}") from None

@@ -1,0 +1,232 @@
+"""Zip and tar files as random access: where each member's bytes are, found once and kept in a small mapped file.
+
+Comes in: an archive. Goes out: `Members`, and the bytes of a member. Nothing is unpacked, and names inside an archive
+never become paths.
+
+A row of the table: hash of the name (8 bytes), offset, size, CRC-32: 28 bytes a member, sorted by the hash. Zip:
+APPNOTE.TXT 6.3.10 (PKWARE), sections 4.3 to 4.5; tar: Python's `tarfile`.
+"""
+
+import hashlib
+import os
+import posixpath
+import struct
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from llavaforge.errors import UserError
+
+_TABLE = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<i8")])
+_NO_CRC = -1
+_EDGE = 1 << 20  # bytes of an archive's either end that identify it, with its size and time
+_END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
+_TAR_END = bytes(tarfile.BLOCKSIZE)
+
+
+class OpenFile:
+    """A file to read at any place, from any thread or forked process; closed with its last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)
+        self.fileno = self._file.fileno()
+
+
+@dataclass(frozen=True)
+class Members:
+    """Where the members of an archive are."""
+
+    table: npt.NDArray[np.void]
+
+    def find(self, name: str) -> tuple[int, int, int] | None:
+        """Return (offset, size, CRC-32 or -1) of a member, or None when there is none of that name."""
+        key = _hash(name)
+        row = int(np.searchsorted(self.table["hash"], key))
+        if row == len(self.table) or self.table["hash"][row] != key:
+            return None
+        found = self.table[row]
+        return int(found["offset"]), int(found["size"]), int(found["crc"])
+
+
+def members(path: Path, cache_dir: Path) -> Members:
+    """Return the members of an archive, from the cache when it was seen before.
+
+    Raises:
+        UserError: the file is not a readable zip or tar.
+    """
+    cached = cache_dir / f"{path.stem}-{fingerprint(path)[:16]}.members.npy"
+    if not cached.is_file():
+        entries = list(_zip_entries(path) if path.suffix == ".zip" else _tar_entries(path))
+        table = np.array(entries, dtype=_TABLE)
+        table.sort(order="hash", kind="stable")
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache_dir, suffix=".tmp.npy")
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, table)
+        os.replace(temporary, cached)
+    return Members(np.load(cached, mmap_mode="r" if cached.stat().st_size > 4096 else None))
+
+
+def fingerprint(path: Path) -> str:
+    """Identify a large file by its size, time and both ends (a zip's directory and a Parquet's footer are there)."""
+    status = path.stat()
+    digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(_EDGE))
+        file.seek(max(0, status.st_size - _EDGE))
+        digest.update(file.read(_EDGE))
+    return digest.hexdigest()
+
+
+def read_at(file: OpenFile, offset: int, size: int) -> bytes:
+    """Return bytes of a file.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    data = os.pread(file.fileno, size, offset)
+    while len(data) < size and (more := os.pread(file.fileno, size - len(data), offset + len(data))):
+        data += more
+    if len(data) < size:
+        raise OSError(f"{file.path} ends {size - len(data)} bytes too early")
+    return data
+
+
+def read_zip_member(file: OpenFile, offset: int, size: int, crc: int) -> bytes:
+    """Return the contents of a zip's member, checked against its CRC-32.
+
+    Args:
+        file: the zip.
+        offset: of the member's local header.
+        size: of its (compressed) bytes.
+        crc: as the zip's directory gives it.
+
+    Raises:
+        ValueError: not the member that was there, encrypted, or compressed in a way other than deflate.
+    """
+    header = _LOCAL.unpack(read_at(file, offset, _LOCAL.size))
+    signature, _, flags, method, *_, name_length, extra_length = header
+    if signature != b"PK\x03\x04":
+        raise ValueError(f"{file.path} has changed: no member at byte {offset}")
+    if flags & _ENCRYPTED or method not in (_STORED, _DEFLATED):
+        raise ValueError(f"{file.path}: a member is encrypted or uses compression method {method}: pack it again")
+    data = read_at(file, offset + _LOCAL.size + name_length + extra_length, size)
+    if method == _DEFLATED:
+        data = zlib.decompress(data, -zlib.MAX_WBITS)
+    if zlib.crc32(data) != crc:
+        raise ValueError(f"{file.path}: the member at byte {offset} is damaged (CRC-32)")
+    return data
+
+
+def _hash(name: str) -> int:
+    """Return 64 bits of a name: among 100 million, two are equal with a probability of 0.03 %."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _tar_entries(path: Path) -> Iterator[tuple[int, int, int, int]]:
+    with open(path, "rb") as file:
+        for member in tar_members(path, file):
+            yield _hash(posixpath.normpath(member.name)), member.offset_data, member.size, _NO_CRC
+
+
+def tar_members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of an uncompressed tar.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        with tarfile.open(path, "r:", file) as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if member.isreg():
+                    yield member
+            file.seek(archive.offset)  # `tarfile` takes any block it cannot read for the end
+            if file.read(tarfile.BLOCKSIZE) != _TAR_END:
+                raise ValueError(f"damaged or cut off at byte {archive.offset}")
+    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+        raise UserError(f"{path}: not a readable, uncompressed tar ({error}). Download or pack it again.") from None
+
+
+def _zip_entries(path: Path) -> Iterator[tuple[int, int, int, int]]:
+    file_size = path.stat().st_size
+    with open(path, "rb") as file:
+        try:
+            offset, size, shift = _find_directory(file, file_size)
+            file.seek(offset)
+            directory = file.read(size)
+            position = 0
+            while position < size:
+                *_, flags, _, _, _, crc, packed, unpacked, name_size, extra_size, comment_size, _, _, _, at = (
+                    _CENTRAL.unpack_from(directory, position)
+                )
+                if directory[position : position + 4] != b"PK\x01\x02":
+                    raise ValueError("its directory is damaged")
+                position += _CENTRAL.size
+                name = directory[position : position + name_size]
+                position += name_size
+                extra = directory[position : position + extra_size]
+                position += extra_size + comment_size
+                packed, at = _wide(extra, unpacked, packed, at)
+                if not 0 <= at + shift <= file_size - packed:
+                    raise ValueError("its directory is damaged")
+                if not name.endswith(b"/"):
+                    text = name.decode("utf-8" if flags & 0x800 else "cp437")
+                    yield _hash(posixpath.normpath(text)), at + shift, packed, crc
+        except (OSError, ValueError, OverflowError, struct.error) as error:
+            raise UserError(f"{path}: not a readable zip ({error}). Download or pack it again.") from None
+
+
+def _find_directory(file: BinaryIO, file_size: int) -> tuple[int, int, int]:
+    """Return offset and size of a zip's directory, and how far all offsets in it are off (a zip with a prefix)."""
+    tail_at = max(0, file_size - 65_557)  # the end record with its longest comment
+    file.seek(tail_at)
+    tail = file.read(65_557)
+    end = tail.rfind(_END)
+    if end < 0:
+        raise ValueError("no end of directory: not a zip, or cut off")
+    size, offset = struct.unpack_from("<II", tail, end + 12)
+    end_at = tail_at + end
+    if tail[max(0, end - 20) : end - 16] == _LOCATOR_64:
+        (at,) = struct.unpack_from("<Q", tail, end - 12)
+        for end_at in (at, tail_at + end - 20 - 56):  # the second: where it is when something stands before the zip
+            file.seek(end_at)
+            record = file.read(56)
+            if record[:4] == _END_64:
+                break
+        else:
+            raise ValueError("its zip64 end of directory is damaged")
+        size, offset = struct.unpack_from("<QQ", record, 40)
+    shift = end_at - size - offset
+    return offset + shift, size, shift
+
+
+def _wide(extra: bytes, unpacked: int, packed: int, at: int) -> tuple[int, int]:
+    """Return size and offset with zip64's extra field applied."""
+    if 0xFFFFFFFF not in (unpacked, packed, at):
+        return packed, at
+    position = 0
+    while position + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, position)
+        if kind == 1:
+            values = list(struct.unpack_from(f"<{size // 8}Q", extra, position + 4))
+            if len(values) < (unpacked, packed, at).count(0xFFFFFFFF):
+                raise ValueError("its directory is damaged (zip64)")
+            if unpacked == 0xFFFFFFFF:
+                values.pop(0)
+            packed = values.pop(0) if packed == 0xFFFFFFFF else packed
+            at = values.pop(0) if at == 0xFFFFFFFF else at
+            break
+        position += 4 + size
+    return packed, at

@@ -1,0 +1,235 @@
+"""Parquet and Arrow files: rows without their image bytes, and the bytes of one image.
+
+Comes in: a .parquet or .arrow file, as Hugging Face `datasets` writes them (`push_to_hub`, `save_to_disk`). Goes out:
+rows for `data/rows/records.py`, and image bytes.
+
+An image column is a struct {bytes, path}, a list of them, or plain bytes. An Arrow file is mapped, so any image is
+there at once. Parquet stores rows in groups that must be decoded whole: keep them small (`datasets` writes 100 images
+a group).
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llavaforge.data.storage.image_ref import IMAGE_KEYS, ImageRef
+
+SUFFIXES = (".parquet", ".arrow")
+_BATCH = 1000  # rows decoded at a time
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # without it Arrow reads a cut-off stream as a shorter one
+
+
+def read_rows(
+    path: Path, container: int, fields: Collection[str], conversations: Collection[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the numbered rows of a .parquet or .arrow file, each image as an `ImageRef` into it.
+
+    Other fields are None.
+
+    Args:
+        path: the file.
+        container: number of the file in its `ImageStore`.
+        fields: names of the fields to read.
+        conversations: those of them that hold a list of turns, in whatever way it is stored.
+    """
+    names = _schema(path).names
+    image = _image_column(_schema(path))
+    kept = [name for name in names if name in fields or name == image]
+    kept = [name for name in kept if name == image or not _holds_images(_schema(path).field(name).type)]
+    others = dict.fromkeys(name for name in names if name not in kept)
+    number = 0
+    for batch in _text_batches(path, kept or names[:1]):
+        for row in batch.to_pylist():
+            row |= others
+            if image is not None:
+                refs = _refs(row.pop(image), path, container, number)
+                row[image if image in IMAGE_KEYS else "image"] = refs
+            for name in conversations:
+                if name in row:
+                    row[name] = _listed(row[name])
+            yield number, row
+            number += 1
+
+
+def num_rows(path: Path) -> int:
+    """Return the number of rows of a file."""
+    return int(_parquet(path).metadata.num_rows if path.suffix == ".parquet" else _arrow(path).num_rows)
+
+
+def close_files() -> None:
+    """Forget opened files: they may have changed since."""
+    for cache in (_parquet, _arrow, _read_group):
+        cache.cache_clear()
+
+
+def read_image(path: Path, row: int, number: int) -> bytes:
+    """Return the bytes of an image: the `number`-th of its row.
+
+    Raises:
+        ValueError: the row holds no bytes there.
+    """
+    column, places = _mapped_images(path) if path.suffix == ".arrow" else _group_images(path, row)
+    value = column[row - places]
+    if isinstance(value, pa.ListScalar):
+        value = value.values[number]
+    if isinstance(value, pa.StructScalar):
+        value = value["bytes"]
+    data = value.as_py()
+    if data is None:
+        raise ValueError("it names a file and holds no bytes: save the data set with its images embedded")
+    return bytes(data)
+
+
+def image_column(path: Path) -> str:
+    """Return the name of a file's image column.
+
+    Raises:
+        KeyError: it has none.
+    """
+    name = _image_column(_schema(path))
+    if name is None:
+        raise KeyError(f"{path} has no image column")
+    return name
+
+
+def largest_group_bytes(path: Path) -> int:
+    """Return how many bytes of images must be decoded at most to reach one of a Parquet file; 0 without images."""
+    metadata, name = _parquet(path).metadata, _image_column(_schema(path))
+    sizes = [0]
+    for group in range(metadata.num_row_groups):
+        leaves = [metadata.row_group(group).column(leaf) for leaf in range(metadata.num_columns)]
+        sizes.append(sum(c.total_uncompressed_size for c in leaves if c.path_in_schema.split(".")[0] == name))
+    return max(sizes)
+
+
+def _image_column(schema: pa.Schema) -> str | None:
+    """Return the image column: the first that records look for; when there is none, one that can only be images."""
+    known = [name for name in IMAGE_KEYS if name in schema.names]
+    if known:
+        return next((name for name in known if _holds_images(schema.field(name).type)), None)
+    return next((field.name for field in schema if _holds_images(field.type) and not _is_binary(field.type)), None)
+
+
+def _text_batches(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield columns of a file, with `True` in place of image bytes."""
+    if path.suffix == ".parquet":
+        batches = _parquet(path).iter_batches(batch_size=_BATCH, columns=_leaves_without_bytes(path, names))
+    else:
+        batches = iter(_arrow(path).select(names).to_batches(max_chunksize=_BATCH))
+    for batch in batches:
+        columns = [_without_bytes(column) for column in batch.columns]
+        yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _leaves_without_bytes(path: Path, names: list[str]) -> list[str]:
+    """Return the Parquet leaves of columns: all but image bytes (a column that is nothing but bytes is read)."""
+    images = {name for name in names if _holds_images(_schema(path).field(name).type)}
+    schema = _parquet(path).schema
+    leaves = [schema.column(number).path for number in range(len(schema))]
+    leaves = [leaf for leaf in leaves if leaf.split(".")[0] in names]
+    light = [leaf for leaf in leaves if leaf.split(".")[0] not in images or leaf.endswith(".path")]
+    return light + [leaf for leaf in leaves if leaf.split(".")[0] not in {kept.split(".")[0] for kept in light}]
+
+
+def _without_bytes(column: pa.Array) -> pa.Array:
+    """Return a column with `True` in place of image bytes; nothing is copied."""
+    kind = column.type
+    if _is_list(kind) and _holds_images(kind):
+        first, last = column.offsets[0].as_py(), column.offsets[-1].as_py()
+        values = _without_bytes(column.values.slice(first, last - first))
+        return type(column).from_arrays(pc.subtract(column.offsets, first), values, mask=column.is_null())
+    if pa.types.is_struct(kind) and _holds_images(kind):
+        path = column.field("path") if kind.get_field_index("path") >= 0 else pa.nulls(len(column), pa.string())
+        return pa.StructArray.from_arrays([path], names=["path"], mask=column.is_null())
+    return column.is_valid() if _is_binary(kind) else column
+
+
+def _refs(value: Any, path: Path, container: int, row: int) -> Any:
+    if isinstance(value, list):
+        return [_ref(item, path, container, row, number) for number, item in enumerate(value)]
+    return _ref(value, path, container, row, 0)
+
+
+def _ref(value: Any, path: Path, container: int, row: int, number: int) -> ImageRef | None:
+    if value is None or value is False:
+        return None
+    name = value.get("path") if isinstance(value, dict) else None
+    return ImageRef(name or f"{path.name} row {row}", container, row, number)
+
+
+def _listed(value: Any) -> Any:
+    """Return a conversation as a list of turns: some data sets keep it as JSON text, some as a struct of lists."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
+        if len({len(item) for item in value.values()}) == 1:
+            return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    return value
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if _is_list(kind):
+        return _holds_images(kind.value_type)
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _schema(path: Path) -> pa.Schema:
+    return _parquet(path).schema_arrow if path.suffix == ".parquet" else _arrow(path).schema
+
+
+@lru_cache(maxsize=16)
+def _parquet(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path)
+
+
+@lru_cache(maxsize=64)
+def _arrow(path: Path) -> pa.Table:
+    source = pa.memory_map(str(path))
+    try:
+        table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source).read_all()
+    source.seek(source.size() - len(_END_OF_STREAM))
+    if source.read() != _END_OF_STREAM:
+        raise pa.ArrowInvalid("it has no end mark")
+    return table
+
+
+def _mapped_images(path: Path) -> tuple[pa.ChunkedArray, int]:
+    return _arrow(path).column(image_column(path)), 0
+
+
+def _group_images(path: Path, row: int) -> tuple[pa.ChunkedArray, int]:
+    metadata, first = _parquet(path).metadata, 0
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).num_rows
+        if row < first + size:
+            return _read_group(path, group), first
+        first += size
+    raise ValueError(f"{path} has no row {row} any more")
+
+
+@lru_cache(maxsize=1)
+def _read_group(path: Path, group: int) -> pa.ChunkedArray:
+    """Return the images of a row group; the newest one is kept, for reading in order."""
+    name = image_column(path)
+    return _parquet(path).read_row_group(group, columns=[name]).column(name)

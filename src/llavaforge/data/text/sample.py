@@ -1,0 +1,199 @@
+"""A record's token ids and labels, built together.
+
+Comes in: a `Record`. Goes out: a `Sample`: ids with one `<image>` placeholder per image (its image tokens are written
+out when the pack is made) and the spans of ids that the loss sees.
+
+    ids               [151644, 872, 198, 151646, 198, 3838, 30, 151645, ..., 32, 2518, 9334, 13, 151645, 198]
+    supervised_spans  [25, 30]       # "A red square.<|im_end|>": the answer and its end token, nothing else
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from llavaforge.data.faults import RecordError
+from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record, Turn
+from llavaforge.data.text.template import ChatTemplate, Piece
+
+IGNORE_INDEX = -100
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids and what of them is supervised.
+
+    Attributes:
+        ids: token ids, one placeholder per image.
+        supervised_spans: flat [start, end, start, end, ...] over `ids`.
+        length: number of tokens once the image tokens are written out.
+        num_turns_dropped: turns left out to fit `max_length`.
+        num_tokens_cut: text tokens cut from the last answer to fit `max_length`.
+        num_images: placeholders among the ids.
+    """
+
+    ids: list[int]
+    supervised_spans: list[int]
+    length: int
+    num_turns_dropped: int = 0
+    num_tokens_cut: int = 0
+    num_images: int = 0
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of supervised tokens."""
+        return sum(self.supervised_spans[1::2]) - sum(self.supervised_spans[::2])
+
+    def labels(self) -> list[int]:
+        """Return ids where supervised, `IGNORE_INDEX` elsewhere; aligned with `ids` (the model shifts)."""
+        labels = [IGNORE_INDEX] * len(self.ids)
+        for start, end in zip(self.supervised_spans[::2], self.supervised_spans[1::2], strict=True):
+            labels[start:end] = self.ids[start:end]
+        return labels
+
+
+@dataclass(frozen=True)
+class SampleBuilder:
+    """Builds samples for one model and one set of options.
+
+    Attributes:
+        tokenizer: the model's fast tokenizer.
+        chat: its template.
+        image_token_id: id of `<image>`.
+        num_image_tokens: tokens that one image takes in the language model.
+        max_length: longest sample, image tokens included.
+    """
+
+    tokenizer: Any
+    chat: ChatTemplate
+    image_token_id: int
+    num_image_tokens: int
+    max_length: int
+
+    def build(self, record: Record) -> Sample:
+        """Build one sample.
+
+        Raises:
+            RecordError: labels cannot be proved, a placeholder is lost, or nothing supervised fits `max_length`.
+        """
+        (sample,) = self.build_all([record])
+        if isinstance(sample, RecordError):
+            raise sample
+        return sample
+
+    def build_all(self, records: Sequence[Record]) -> list[Sample | RecordError]:
+        """Build many samples, tokenised as one batch (quicker than one by one); a fault takes its sample's place."""
+        pieces = [_tried(self.chat.pieces, record.turns) for record in records]
+        texts = ["" if isinstance(found, RecordError) else _text(found) for found in pieces]
+        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [
+            found if isinstance(found, RecordError) else _tried(self._fitted, record, found, text, encoding)
+            for record, found, text, encoding in zip(records, pieces, texts, encodings, strict=True)
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that the ids depend on, besides the record."""
+        return {
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "template": self.chat.template,
+            "style": self.chat.style,
+            "system_prompt": self.chat.system_prompt,
+            "eos_token": self.tokenizer.eos_token,
+            "image": [self.image_token_id, self.num_image_tokens],
+            "max_length": self.max_length,
+        }
+
+    def _fitted(self, record: Record, pieces: list[Piece], text: str, encoding: Any) -> Sample:
+        turns = record.turns
+        sample = self._sample(pieces, text, encoding, len(record.images))
+        while sample.length > self.max_length and sum(turn.role == "assistant" for turn in turns) > 1:
+            turns = turns[:-2]
+            sample = self._encode(turns)
+        if sample.length > self.max_length:
+            sample = self._cut(sample)
+        dropped = len(record.turns) - len(turns)
+        return replace(sample, num_turns_dropped=dropped)
+
+    def _encode(self, turns: Sequence[Turn]) -> Sample:
+        pieces = self.chat.pieces(turns)
+        text = _text(pieces)
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+        return self._sample(pieces, text, encoding, num_images)
+
+    def _sample(self, pieces: list[Piece], text: str, encoding: Any, num_images: int) -> Sample:
+        ids: list[int] = encoding.ids
+        spans = _token_spans(text, encoding.offsets, _character_spans(pieces))
+        if ids.count(self.image_token_id) != num_images:
+            raise RecordError(
+                "image_count",
+                f"{ids.count(self.image_token_id)} image tokens after tokenising, not {num_images}. "
+                "The chat template or tokenizer does not keep `<image>`: write the model with customize-model.",
+            )
+        length = len(ids) + num_images * (self.num_image_tokens - 1)
+        sample = Sample(ids, spans, length, num_images=num_images)
+        if not sample.num_supervised:
+            raise RecordError(
+                "no_supervised_tokens", "no supervised tokens, so there is nothing to learn from this record."
+            )
+        return sample
+
+    def _cut(self, sample: Sample) -> Sample:
+        """Cut text from the end of the only answer; image tokens and the question stay whole."""
+        excess = sample.length - self.max_length
+        kept = len(sample.ids) - excess
+        start = sample.supervised_spans[0]
+        if kept <= start or self.image_token_id in sample.ids[kept:]:
+            raise RecordError(
+                "too_long",
+                f"{sample.length} tokens, and without its answer still over max_length "
+                f"{self.max_length}. Raise max_length or remove the record.",
+            )
+        end = min(sample.supervised_spans[1], kept)
+        return replace(
+            sample, ids=sample.ids[:kept], supervised_spans=[start, end], length=self.max_length, num_tokens_cut=excess
+        )
+
+
+def _tried(act: Callable[..., T], *arguments: Any) -> T | RecordError:
+    try:
+        return act(*arguments)
+    except RecordError as error:
+        return error
+
+
+def _text(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def _character_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    position = 0
+    for piece in pieces:
+        if piece.supervised:
+            yield position, position + len(piece.text)
+        position += len(piece.text)
+
+
+def _token_spans(text: str, offsets: Sequence[tuple[int, int]], spans: Iterator[tuple[int, int]]) -> list[int]:
+    """Turn character spans into token spans, and prove that no token has one foot in each."""
+    flat: list[int] = []
+    token = 0
+    for start, end in spans:
+        while token < len(offsets) and offsets[token][1] <= start:
+            token += 1
+        first = token
+        while token < len(offsets) and offsets[token][0] < end:
+            token += 1
+        # A token may begin with the white space before the answer ("▁red"); any other text of the prompt may not be
+        # in it.
+        early = text[offsets[first][0] : start] if first < token else ""
+        late = text[end : offsets[token - 1][1]] if first < token else ""
+        if early.strip() or late.strip():
+            raise RecordError(
+                "unprovable_labels",
+                f"a token spans the border between prompt and answer ({early + late!r}), so labels cannot be exact. "
+                "Give a chat template that ends the prompt with white space or a special token "
+                "(customize-model --chat_template).",
+            )
+        flat += [first, token]
+    return flat

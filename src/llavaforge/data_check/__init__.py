@@ -1,0 +1,1 @@
+"""`llavaforge data check`: what is wrong with the data."""

@@ -1,0 +1,228 @@
+"""`llavaforge data check`: the doctor. What is wrong with the data, where, and what to do about it.
+
+Comes in: data as in a recipe, and the model it is for. Goes out: the findings on stderr, the result, `report.html` and
+`findings.jsonl` with `--report`, and the list that `train --quarantine` takes. One line of findings.jsonl:
+
+    {"kind": "truncated_image", "severity": "error", "source": "data", "record": "chat.json row 17 (id 'a')",
+     "file": "chat.json", "row": 17, "id": "a", "path": "a.jpg", "message": "..."}
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from llavaforge.config.schema import DataCheckConfig, DataEntry
+from llavaforge.data.faults import KINDS
+from llavaforge.data.index.index import SampleIndex, open_index, refuse
+from llavaforge.data.order.mixture import Rows, mix, split_held_out
+from llavaforge.data.order.plan import Plan, num_steps
+from llavaforge.data_check.charts import histogram
+from llavaforge.data_check.findings import Diagnosis, Finding, examine
+from llavaforge.data_check.forecast import Forecast, forecast
+from llavaforge.model_folder.hub import find_model_folder
+from llavaforge.model_folder.read import read_processor
+from llavaforge.model_folder.verify import num_placeholders
+from llavaforge.report.page import render
+
+_EXAMPLES_SHOWN, _EXAMPLES_IN_REPORT = 3, 20
+
+
+def data_check(config: DataCheckConfig) -> dict[str, Any]:
+    """Examine data.
+
+    Returns:
+        num_records, num_images, num_errors, num_warnings, errors_by_kind, warnings_by_kind, steps_per_epoch (None
+        without a model), and the paths that were written.
+
+    Raises:
+        UserError: the data cannot be read at all, or the options contradict each other.
+    """
+    index, held_out = _open(config)
+    found = examine(index, held_out, config.check_images)
+    outlook = _outlook(config, index, held_out)
+    errors, warnings = found.by_severity("error"), found.by_severity("warning")
+    _show(found)
+    _summarize(config, index, outlook)
+    if config.report is not None:
+        _write_report(config, index, held_out, found, outlook)
+    if config.quarantine is not None:
+        _write_quarantine(config.quarantine, found.errors)
+    return {
+        "num_records": sum(len(part) + len(part.faults) for part in index.parts),
+        "num_images": int(index.num_images.sum()),
+        "num_errors": sum(errors.values()),
+        "num_warnings": sum(warnings.values()),
+        "errors_by_kind": errors,
+        "warnings_by_kind": warnings,
+        "steps_per_epoch": outlook.steps_per_epoch if outlook else None,
+        "report": str(config.report / "report.html") if config.report else None,
+        "quarantine": str(config.quarantine) if config.quarantine else None,
+    }
+
+
+def _open(config: DataCheckConfig) -> tuple[SampleIndex, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Return all data, and for each row whether it is held out."""
+    processor, num_image_tokens = None, 0
+    if config.model_name_or_path is not None:
+        processor = read_processor(find_model_folder(config.model_name_or_path))
+        num_image_tokens = num_placeholders(processor)[0]
+    entries = list(config.entries)
+    if config.eval_data_path is not None:
+        entries.append(DataEntry(path=config.eval_data_path))
+    index = open_index(entries, processor, num_image_tokens, config)
+    for part in index.parts:
+        refuse([], len(part) + len(part.faults), part.source.name)
+    held_out = np.zeros(len(index), dtype=bool)
+    if config.eval_data_path is not None:
+        held_out[index.starts[-2] :] = True
+    elif config.validation_split and len(index):
+        held_out[split_held_out(index, np.arange(len(index)), config.validation_split, config.seed)[1]] = True
+    return index, held_out
+
+
+def _outlook(
+    config: DataCheckConfig, index: SampleIndex, held_out: np.ndarray[Any, np.dtype[np.bool_]]
+) -> Forecast | None:
+    """Return what an epoch on these records would be; None without a model, or without a sound record."""
+    if config.model_name_or_path is None or held_out.all():
+        return None
+    rows: list[Rows] = []
+    for first, last in zip(index.starts, index.starts[1 : len(config.entries) + 1], strict=False):
+        rows.append(first + np.flatnonzero(~held_out[first:last]))
+    if not all(len(mine) for mine in rows):  # the findings say why
+        return None
+    mixture = mix(config.entries, rows, config.seed)
+    batch = min(config.samples_per_step(), len(mixture))
+    return forecast(
+        Plan(
+            mixture=mixture,
+            lengths=index.lengths,
+            num_supervised=index.num_supervised,
+            costs=index.lengths.astype(np.float64),
+            global_batch_size=batch,
+            num_steps=num_steps(len(mixture), batch, 1.0, 0),
+            world_size=1,
+            max_samples=config.max_samples_per_batch,
+            max_tokens=config.max_tokens_per_batch,
+        )
+    )
+
+
+def _show(found: Diagnosis) -> None:
+    """Print what was found, by kind, with remedies and examples."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not found.counts:
+        console.print("No faults found.", style="green")
+    several = len({finding.source for finding in (*found.errors, *found.warnings)}) > 1
+    for kind, count, examples in _by_kind(found):
+        known = KINDS[kind]
+        style = "bold red" if known.severity == "error" else "bold yellow"
+        console.print(
+            Text.assemble((f"{count:,} x {known.title}", style), f"  ({known.severity}: {kind})  {known.remedy}")
+        )
+        for finding in examples[:_EXAMPLES_SHOWN]:
+            console.print(Text(f"    {finding.source + ': ' if several else ''}{finding.fault}"))
+        if count > _EXAMPLES_SHOWN:
+            console.print(f"    ... and {count - _EXAMPLES_SHOWN:,} more (--report DIR lists them)")
+
+
+def _summarize(config: DataCheckConfig, index: SampleIndex, outlook: Forecast | None) -> None:
+    """Print what was looked at, and what was not."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    num_records = sum(len(part) + len(part.faults) for part in index.parts)
+    looked_at = f"{num_records:,} records, {int(index.num_images.sum()):,} images"
+    if outlook is not None:
+        looked_at += f"; an epoch: {outlook.tokens_per_epoch:,} tokens, {outlook.steps_per_epoch:,} steps"
+    console.print(looked_at)
+    if config.model_name_or_path is None:
+        console.print("Not checked: tokens, lengths and labels (no --model_name_or_path).")
+    if not config.check_images:
+        console.print("Not checked: what images hold, and copies of them under other names (--check_images false).")
+
+
+def _by_kind(found: Diagnosis) -> Iterable[tuple[str, int, list[Finding]]]:
+    for kind in KINDS:
+        if found.counts[kind]:
+            examples = [one for one in (*found.errors, *found.warnings) if one.fault.kind == kind]
+            yield kind, found.counts[kind], examples
+
+
+def _write_report(
+    config: DataCheckConfig,
+    index: SampleIndex,
+    held_out: np.ndarray[Any, np.dtype[np.bool_]],
+    found: Diagnosis,
+    outlook: Forecast | None,
+) -> None:
+    assert config.report is not None
+    config.report.mkdir(parents=True, exist_ok=True)
+    with (config.report / "findings.jsonl").open("w") as file:
+        for finding in (*found.errors, *found.warnings):
+            fault = asdict(finding.fault)
+            told = {
+                "kind": fault.pop("kind"),
+                "severity": KINDS[finding.fault.kind].severity,
+                "source": finding.source,
+                "record": finding.fault.where,
+            }
+            file.write(json.dumps(told | fault) + "\n")
+    kinds = [(kind, KINDS[kind], count, examples[:_EXAMPLES_IN_REPORT]) for kind, count, examples in _by_kind(found)]
+    page = render(
+        Path(__file__).parent / "check.html.jinja",
+        facts=_facts(config, index, held_out),
+        several=len(index.parts) > 1,
+        kinds=kinds,
+        num_errors=sum(found.by_severity("error").values()),
+        num_warnings=sum(found.by_severity("warning").values()),
+        outlook=outlook,
+        charts=_charts(config, index, found),
+    )
+    (config.report / "report.html").write_text(page, encoding="utf-8")
+
+
+def _facts(
+    config: DataCheckConfig, index: SampleIndex, held_out: np.ndarray[Any, np.dtype[np.bool_]]
+) -> dict[str, str]:
+    return {
+        "data": ", ".join(part.source.name for part in index.parts),
+        "model": config.model_name_or_path or "none given: tokens and labels were not checked",
+        "prompt style": config.prompt_style,
+        "records": f"{sum(len(part) + len(part.faults) for part in index.parts):,}",
+        "held out": f"{int(held_out.sum()):,}",
+        "images": f"{int(index.num_images.sum()):,}" + ("" if config.check_images else " (not decoded)"),
+        "text-only records": f"{int((index.num_images == 0).sum()):,}",
+        "tokens": f"{int(index.lengths.sum()):,}",
+        "supervised": f"{int(index.num_supervised.sum()):,}",
+    }
+
+
+def _charts(config: DataCheckConfig, index: SampleIndex, found: Diagnosis) -> list[Any]:
+    charts = []
+    if config.model_name_or_path is not None:
+        marks = {"max_length": float(config.max_length)}
+        charts += [
+            histogram(index.lengths, "Length of samples, image tokens included", "tokens", marks=marks),
+            histogram(index.num_supervised, "Supervised tokens per sample", "tokens"),
+        ]
+    sizes = found.image_sizes[found.image_sizes[:, 0] > 0]
+    if len(sizes):
+        charts += [
+            histogram(sizes.min(axis=1), "Shorter side of images", "pixels"),
+            histogram(sizes.max(axis=1), "Longer side of images", "pixels"),
+        ]
+    return charts
+
+
+def _write_quarantine(path: Path, errors: list[Finding]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"source": finding.source, "contents": finding.contents, **asdict(finding.fault)})
+        for finding in errors
+    ]
+    path.write_text("".join(line + "\n" for line in lines))

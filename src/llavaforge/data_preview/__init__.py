@@ -1,0 +1,1 @@
+"""`llavaforge data preview`: samples as the model sees them."""

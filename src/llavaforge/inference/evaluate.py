@@ -1,0 +1,157 @@
+"""`llavaforge evaluate`: held-out loss and exact match, with one line per sample.
+
+Comes in: a model and a data set. Goes out: the summary, and `samples.jsonl`:
+
+    {"id": "17", "question": "What colour is the circle?", "reference": "red", "answer": "red", "correct": true,
+    "loss": 0.02}
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llavaforge.checkpoint.trained import open_model
+from llavaforge.config.schema import DataEntry, EvaluateConfig
+from llavaforge.data.index.index import SampleIndex, open_sound_index
+from llavaforge.data.index.prepare import records_of
+from llavaforge.data.load.loader import PackDataset, loading
+from llavaforge.data.load.pack import Pack
+from llavaforge.data.order.plan import MicroBatch, in_order
+from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record
+from llavaforge.engine.plain import cast_parameters
+from llavaforge.errors import UserError
+from llavaforge.inference.generate import Answerer, Question
+from llavaforge.model.load import compute_dtype
+from llavaforge.model.step import StepModule
+
+logger = logging.getLogger(__name__)
+
+_SHORT_ANSWER_WORDS = 3
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure a model on a data set.
+
+    Returns:
+        num_samples, loss (per supervised token), exact_match (or None when answers are not generated), and what was
+        measured: model_name_or_path, data_path, blank_image.
+
+    Raises:
+        UserError: the model or the data is at fault.
+    """
+    if config.output_dir is not None and (config.output_dir / "run.json").is_file():
+        raise UserError(f"{config.output_dir}: is a training run's folder. Give another --output_dir.")
+    loaded = open_model(config.model_name_or_path)
+    step_module = StepModule(loaded.model, loaded.preprocessing).eval()
+    cast_parameters(step_module, compute_dtype(config.bf16))
+    step_module.to("cuda" if torch.cuda.is_available() else "cpu")
+    entry = DataEntry(path=config.data_path, images=config.image_folder, max_samples=config.max_samples)
+    index = open_sound_index([entry], loaded.processor, loaded.num_image_tokens, config)
+    records = _as_cut(records_of(index.parts[0].source), index)
+    dataset = PackDataset(
+        index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
+    )
+    generates = _has_short_answers(records) if config.exact_match == "auto" else config.exact_match
+    if not generates:
+        logger.info("exact_match is not measured: answers are long, or --exact_match false")
+    answerer = Answerer(loaded, config, config.max_new_tokens) if generates else None
+    lines = list(_lines(config, step_module, dataset, records, answerer))
+    summary = {
+        "num_samples": len(lines),
+        "loss": sum(line["loss"] * line["num_supervised"] for line in lines)
+        / sum(line["num_supervised"] for line in lines),
+        "exact_match": sum(line["correct"] for line in lines) / len(lines) if generates else None,
+        "model_name_or_path": config.model_name_or_path,
+        "data_path": str(config.data_path),
+        "blank_image": config.blank_image,
+    }
+    if config.output_dir is not None:
+        _write(config.output_dir, lines, summary)
+    return summary
+
+
+def _as_cut(records: Iterable[Record], index: SampleIndex) -> list[Record]:
+    """Return records without the turns, and their images, that did not fit `max_length`."""
+    columns = zip(records, index.column("num_turns_dropped"), index.num_images, strict=True)
+    return [
+        replace(record, turns=record.turns[: len(record.turns) - dropped], images=record.images[:num_images])
+        for record, dropped, num_images in columns
+    ]
+
+
+def is_match(answer: str, reference: str) -> bool:
+    """Compare two short answers without case, punctuation at the ends, or repeated spaces."""
+    return _normalized(answer) == _normalized(reference)
+
+
+def _normalized(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip(" \t\n.,!?;:'\"").lower()
+
+
+def _has_short_answers(records: list[Record]) -> bool:
+    return all(len(record.turns[-1].text.split()) <= _SHORT_ANSWER_WORDS for record in records)
+
+
+def _lines(
+    config: EvaluateConfig,
+    step_module: StepModule,
+    dataset: PackDataset,
+    records: list[Record],
+    answerer: Answerer | None,
+) -> Iterator[dict[str, Any]]:
+    index = dataset.index
+    batches = in_order(index.lengths, np.arange(len(records)), config.per_device_eval_batch_size, None)
+    order = [MicroBatch(0, batch, True, 0) for batch in batches]
+    device = next(step_module.parameters()).device
+    with loading(dataset, order, config.dataloader_num_workers, device.type == "cuda") as packs:
+        for number, pack in enumerate(packs, 1):
+            losses = _sample_losses(step_module, pack.to(device))
+            chosen = [records[sample] for sample in pack.source.samples]
+            answers = _answers(answerer, chosen, pack) if answerer else [None] * len(chosen)
+            for record, (loss, count), answer in zip(chosen, losses, answers, strict=True):
+                yield _line(record, loss, count, answer)
+            if number % 20 == 0:
+                logger.info("evaluated %d of %d batches", number, len(order))
+
+
+@torch.no_grad()
+def _sample_losses(step_module: StepModule, pack: Pack) -> list[tuple[float, int]]:
+    """Return mean loss and number of supervised tokens of each sample of a pack."""
+    losses = step_module.token_losses(pack)
+    sample_of = torch.searchsorted(pack.cu_seqlens_N1, pack.predictors_S.to(torch.int32), right=True) - 1
+    count = torch.bincount(sample_of, minlength=len(pack.lengths))
+    total = torch.zeros(len(pack.lengths), device=losses.device).index_add_(0, sample_of, losses)
+    return list(zip((total / count).tolist(), count.tolist(), strict=True))
+
+
+def _answers(answerer: Answerer, records: list[Record], pack: Pack) -> list[str]:
+    pixels = iter(pack.pixels_ICHW.numpy())
+    return answerer([Question(record.turns[:-1], [next(pixels) for _ in record.images]) for record in records])
+
+
+def _line(record: Record, loss: float, num_supervised: int, answer: str | None) -> dict[str, Any]:
+    question = record.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
+    line = {
+        "id": record.id,
+        "image": record.images[0].name if len(record.images) == 1 else [image.name for image in record.images],
+        "question": question,
+        "reference": record.turns[-1].text,
+        "loss": loss,
+        "num_supervised": num_supervised,
+    }
+    if answer is not None:
+        line |= {"answer": answer, "correct": is_match(answer, record.turns[-1].text)}
+    return line
+
+
+def _write(output_dir: Path, lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

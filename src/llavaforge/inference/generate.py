@@ -1,0 +1,100 @@
+"""Answers from a model: greedy or sampled, several prompts at once.
+
+Comes in: a `LoadedModel`, prompts as training saw them, pixels. Goes out: texts.
+
+Legend: B prompts, T tokens of the longest prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llavaforge.config.schema import SampleOptions
+from llavaforge.data.index.index import sample_builder
+from llavaforge.data.pixels.preprocessing import Pixels
+from llavaforge.data.rows.records import Turn
+from llavaforge.model.attention import stock_attention
+from llavaforge.model.load import LoadedModel
+from llavaforge.model.tower import normalize
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the turns up to the answer (the last one is the user's) and the pixels of their images."""
+
+    turns: tuple[Turn, ...]
+    pixels: Sequence[Pixels] = ()
+
+
+class Answerer:
+    """Generates answers; `<image>` is never among the generated tokens.
+
+    Args:
+        loaded: the model, on its device and in its compute type.
+        options: prompt style and system prompt.
+        max_new_tokens: longest answer.
+        temperature: 0 takes the likeliest token.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, options: SampleOptions, max_new_tokens: int, temperature: float = 0.0
+    ) -> None:
+        self._loaded = loaded
+        self._builder = sample_builder(loaded.processor, loaded.num_image_tokens, options)
+        self._settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0,
+            "temperature": temperature or None,
+            "top_p": None,
+            "top_k": None,
+            "suppress_tokens": [loaded.image_token_id],
+            "eos_token_id": self._end_ids(),
+            "pad_token_id": self._pad_id(),
+        }
+
+    def __call__(self, questions: Sequence[Question]) -> list[str]:
+        """Return one answer per question."""
+        tokenizer, device = self._loaded.processor.tokenizer, self._loaded.model.device
+        prompts = [self._ids(question) for question in questions]
+        longest = max(map(len, prompts))
+        pad = self._settings["pad_token_id"]
+        ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
+        mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        pixels = [torch.from_numpy(image) for question in questions for image in question.pixels]
+        with torch.no_grad(), stock_attention(self._loaded.model):
+            output = self._loaded.model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                **self._images(pixels),
+                **self._settings,
+            )
+        answers: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+    def _ids(self, question: Question) -> list[int]:
+        text = self._builder.chat.prompt(question.turns)
+        image = self._loaded.image_token_id
+        ids: list[int] = self._loaded.processor.tokenizer(text, add_special_tokens=False).input_ids
+        repeats = self._loaded.num_image_tokens
+        return [token for one in ids for token in ([one] * repeats if one == image else [one])]
+
+    def _images(self, pixels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not pixels:  # the stock model would try to encode a `pixel_values` of None
+            return {}
+        model = self._loaded.model
+        tower_dtype = next(model.model.vision_tower.parameters()).dtype
+        stacked = torch.stack(pixels).to(model.device)
+        return {"pixel_values": normalize(stacked, self._loaded.preprocessing, tower_dtype)}
+
+    def _end_ids(self) -> list[int]:
+        """Return every token that ends an answer: the template's, the tokenizer's, the generation config's."""
+        tokenizer, known = self._loaded.processor.tokenizer, self._loaded.model.generation_config.eos_token_id
+        ids = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id}
+        ids.add(tokenizer.convert_tokens_to_ids(self._builder.chat.answer_end))
+        return sorted(token for token in ids if token is not None)
+
+    def _pad_id(self) -> int:
+        pad = self._loaded.processor.tokenizer.pad_token_id
+        return int(self._end_ids()[0] if pad is None else pad)

@@ -1,0 +1,31 @@
+"""From the name of a model, a folder or a repository of the Hugging Face hub, to a folder."""
+
+import re
+from pathlib import Path
+
+from llavaforge.errors import UserError
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def find_model_folder(name: str) -> Path:
+    """Return the folder of that name, or a download of the hub's repository of that name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name}: no such folder (and no name of a hub repository, such as Qwen/Qwen1.5-4B-Chat).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            found = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, weights], ignore_patterns=["*/*"]))
+            if any(found.glob(weights)):
+                return found
+    except (OSError, ValueError) as error:  # no network, no such repository, no access: all of them OSErrors
+        raise UserError(f"{name}: no such folder, and the hub does not give it: {error}") from None
+    raise UserError(f"{name}: the hub's repository holds neither *.safetensors nor *.bin.")

@@ -1,0 +1,50 @@
+"""The families of vision towers: one row each, with all that differs between them outside of their forward pass.
+
+A new family is a row here, and a look at `model/tower.py` (names of its modules) and `model_folder/names.py` (names of
+its tensors in files).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """One family.
+
+    Attributes:
+        whole: `model_type` of the image-text model whose `vision_config` describes such a tower.
+        num_class_tokens: tokens before the patches in its output, which the projector does not get.
+        image_processor: from an edge in pixels to the image processor that the family was pre-trained with.
+    """
+
+    whole: str
+    num_class_tokens: int
+    image_processor: Callable[[int], Any]
+
+
+def _clip_processor(edge: int) -> Any:
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": edge},
+        crop_size={"height": edge, "width": edge},
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
+    )
+
+
+def _siglip_processor(edge: int) -> Any:
+    return SiglipImageProcessorPil(
+        size={"height": edge, "width": edge}, image_mean=IMAGENET_STANDARD_MEAN, image_std=IMAGENET_STANDARD_STD
+    )
+
+
+TOWERS: dict[str, TowerFamily] = {
+    "clip_vision_model": TowerFamily("clip", num_class_tokens=1, image_processor=_clip_processor),
+    "siglip_vision_model": TowerFamily("siglip", num_class_tokens=0, image_processor=_siglip_processor),
+}
+"""By the `model_type` of the vision config."""

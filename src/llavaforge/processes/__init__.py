@@ -1,0 +1,1 @@
+"""Who runs, who died: the processes of a run, and their workers."""

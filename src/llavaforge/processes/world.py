@@ -1,0 +1,302 @@
+"""The processes of a run, and what they tell each other outside of a step.
+
+Comes in: the places that `launch.py` read from the environment. Goes out: sums, messages, a common end. A process-wide
+thing, like torch's process group: it is opened by the first run of a process and stays open for the next.
+
+Two groups: the default one (NCCL or gloo) carries the steps and their sums; a gloo group of its own carries the rest.
+That one may wait for a day (a rank that tokenises 100 million records lets the others wait), because the heartbeat
+notices a rank that is dead or stuck.
+"""
+
+import atexit
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
+from llavaforge.processes.heartbeat import Heartbeat, Hub
+
+T = TypeVar("T")
+
+_STEP_TIMEOUT = timedelta(minutes=30)  # of a collective within a step; the heartbeat ends a stuck run long before
+_TALK_TIMEOUT = timedelta(days=1)
+
+
+class World:
+    """One process among those of its run; alone when it was started alone.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        device: where its tensors live.
+        is_first_on_host: whether no lower rank runs on the same host.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size = rank, size
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_first_on_host = True
+        self._talk: dist.ProcessGroup | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._hub: Hub | None = None
+        self._has_failed = False
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+    def at(self, where: str, timed: bool = False) -> None:
+        """Say where this process is, for the message when it is lost.
+
+        Args:
+            where: such as `step 12: reading images`.
+            timed: it must get on within the stuck timeout; untimed places may last.
+        """
+        if self._heartbeat is not None:
+            self._heartbeat.at(where, timed)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of some numbers over all processes."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """Return the maxima of some numbers over all processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self._talk is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._talk)
+        return values
+
+    def from_writer(self, value: T) -> T:
+        """Return the writer's value on every process."""
+        if self._talk is None:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self._talk)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self._talk is not None:
+            dist.barrier(group=self._talk)
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Do something on every process; when it fails on one, fail on all of them.
+
+        Args:
+            act: must not wait for other processes.
+
+        Returns:
+            What it returned here.
+
+        Raises:
+            UserError, StoppedEarly, OSError: as raised by `act`, on the lowest rank where it failed.
+            EndedElsewhere: on the others.
+        """
+        error: Exception | None = None
+        try:
+            value = act()
+        except (UserError, StoppedEarly, OSError) as caught:
+            error = caught
+        codes = self.gather(None if error is None else getattr(error, "exit_code", 1))
+        failed = [(rank, code) for rank, code in enumerate(codes) if code is not None]
+        if not failed:
+            return value
+        rank, code = failed[0]
+        raise agreed(error if error is not None and rank == self.rank else EndedElsewhere(code))
+
+    def first_on_host(self, act: Callable[[], T]) -> T:
+        """Do something on the first process of each host, and then on the others (which find it done)."""
+        if self.is_first_on_host:
+            value = self.together(act)
+            self.together(lambda: None)
+            return value
+        self.together(lambda: None)
+        return self.together(act)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise an error that every process has met: the writer's, which tells the user, and `EndedElsewhere`."""
+        raise agreed(error if self.is_writer else EndedElsewhere(getattr(error, "exit_code", 1)))
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others why this process ends, unless all of them know."""
+        if self._heartbeat is None or getattr(error, "agreed", False):
+            return
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        first_line = (str(error).splitlines() or [""])[0]
+        text = str(error) if isinstance(error, UserError | StoppedEarly) else f"{type(error).__name__}: {first_line}"
+        self._heartbeat.leave(code, text, because_of_peer=_is_lost_peer(error))
+        self._has_failed = True
+
+    def close(self) -> None:
+        """Leave the run quietly; the next one of this process opens a world anew."""
+        if self._heartbeat is not None and not self._has_failed:
+            self._heartbeat.leave()
+        if self._hub is not None:
+            self._hub.close()
+        if dist.is_initialized() and not self._has_failed:
+            dist.destroy_process_group()
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self._talk is None:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        # By the group of the steps: NCCL does it at once, where a gloo ring takes one hop a rank.
+        dist.all_reduce(totals, operation)
+        return [float(total) for total in totals]
+
+    def join(self, timeout_s: float) -> None:
+        """Meet the other processes.
+
+        Raises:
+            UserError: some did not come in time.
+        """
+        store, self.rank, self.size = _meet(self.rank, self.size, timeout_s)
+        self.device = _own_device()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.size, timeout=_STEP_TIMEOUT,
+            device_id=self.device if backend == "nccl" else None,
+        )  # fmt: skip
+        self._talk = dist.new_group(backend="gloo", timeout=_TALK_TIMEOUT)
+        hosts = self.gather((socket.gethostname(), _device_id(self.device)))
+        self.is_first_on_host = hosts[self.rank][0] not in [host for host, _ in hosts[: self.rank]]
+        self.together(lambda: _check_devices(hosts, self.rank))
+        if self.size > 1:
+            if self.is_writer:
+                self._hub = Hub(self.size, timeout_s)
+            port = self.from_writer(self._hub.port if self._hub else 0)
+            self._heartbeat = Heartbeat(self.rank, self.size, (os.environ["MASTER_ADDR"], port), timeout_s)
+
+
+_open: list[World] = []  # at most one
+
+
+@contextmanager
+def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World]:
+    """Give the world of this process; what the block raises is told to the other processes.
+
+    Args:
+        size: number of processes (`launch.num_processes`).
+        timeout_s: how long a process may be silent, or stand still in a step, before the run is ended.
+        needs_group: a process group is wanted even for one process (DeepSpeed).
+    """
+    if size > 1 or needs_group:
+        if not _open:
+            if not torch.cuda.is_available():
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            world = World(int(os.environ.get("RANK", "0")), size)
+            world.join(timeout_s)
+            _open.append(world)
+            atexit.register(close_world)
+        world = _open[0]
+    else:
+        world = World()
+    try:
+        yield world
+    except BaseException as error:
+        world.report(error)
+        raise
+
+
+def close_world() -> None:
+    """Close the world of this process, if one is open."""
+    while _open:
+        _open.pop().close()
+
+
+def agreed(error: Exception) -> Exception:
+    """Mark an error that every process raises at this point, so that none takes another's end for a fault."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def _meet(rank: int, size: int, timeout_s: float) -> tuple[Any, int, int]:
+    """Return the store in which all processes have put their names, the rank and the world size."""
+    if size == 1:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_PORT", "0")  # DeepSpeed wants the variables to be there
+        return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, size = _open_store(rank, size, timedelta(seconds=timeout_s))
+    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError, ValueError) as error:
+        raise UserError(
+            f"process {rank} of {size} on {socket.gethostname()} cannot reach process 0 at {where} within "
+            f"{timeout_s:.0f} s ({str(error).splitlines()[0]}). Check that it runs, that the address is one that all "
+            "hosts reach (set MASTER_ADDR), and that no other program uses the port (set MASTER_PORT)."
+        ) from None
+    store.set(f"here/{rank}", socket.gethostname())
+    deadline = time.monotonic() + timeout_s
+    keys = [f"here/{other}" for other in range(size)]
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+            if rank == min(set(range(size)) - {int(other) for other in missing}):
+                raise UserError(
+                    f"{size - len(missing)} of {size} processes came within {timeout_s:.0f} s; missing: "
+                    f"{', '.join(missing[:20])}. Look at the hosts where they should run, or raise stuck_timeout_s."
+                )
+            raise EndedElsewhere(UserError.exit_code)
+        time.sleep(0.1)
+    return store, rank, size
+
+
+def _open_store(rank: int, size: int, timeout: timedelta) -> tuple[Any, int, int]:
+    """Return the store of the run; torchrun has opened one, under srun process 0 does."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(rendezvous("env://", timeout=timeout))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+    return store, rank, size
+
+
+def _own_device() -> torch.device:
+    """Return this process's GPU: its local rank's, or the only one it sees when SLURM shows it no other."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, num_visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    return torch.device("cuda", 0 if num_visible == 1 else local_rank % num_visible)
+
+
+def _device_id(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _check_devices(hosts: Sequence[tuple[str, str]], rank: int) -> None:
+    """Check that no lower rank has this rank's GPU.
+
+    Raises:
+        UserError: one has.
+    """
+    host, device = hosts[rank]
+    if device and (host, device) in hosts[:rank]:
+        other = hosts.index((host, device))
+        raise UserError(
+            f"processes {other} and {rank} share one GPU of {host}: more processes than GPUs were started there. Start "
+            "one process per GPU (torchrun --nproc_per_node, srun --ntasks-per-node)."
+        )
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Say whether an error looks like another process's death: the words of gloo, NCCL and the store."""
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError | dist.DistStoreError):
+        return True
+    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "Read error", "NCCL")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -1,0 +1,1 @@
+"""The training run: the story, the loop, and what it leaves."""

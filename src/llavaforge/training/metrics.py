@@ -1,0 +1,146 @@
+"""What a run shows while it goes: metrics.jsonl, a progress bar, a loss curve, and honest speed.
+
+Comes in: counts per step. Goes out: `output_dir/metrics.jsonl`, `loss.png`, lines on stderr. One line of metrics.jsonl:
+
+    {"step": 12, "epoch": 0.1, "loss": 2.31, "grad_norm": 1.7, "learning_rate": 0.001, "samples_per_s": 31.2,
+     "tokens_per_s": 19501.0, "mfu": 0.31}
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+CURVE = "loss.png"
+_SMALL_PRODUCT, _SLOW_FLOPS = 256, 2e9
+_LINE_EVERY_S = 10.0  # without a terminal: a log line this often instead of a bar
+
+# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12}
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl; on resume, lines of steps that will be done again are dropped."""
+
+    def __init__(self, output_dir: Path, start_step: int) -> None:
+        self._path = output_dir / METRICS
+        kept = [line for line in read_metrics(output_dir) if line["step"] <= start_step]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = output_dir / METRICS
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: left out an incomplete line", path)
+    return lines
+
+
+class ProgressBar:
+    """Loss, tokens per second and time left; a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self, num_steps: int, start_step: int, quiet: bool) -> None:
+        self._quiet = quiet
+        self._num_steps = num_steps
+        self._last_line = 0.0
+        self._begin, self._start_step = time.monotonic(), start_step
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[tokens_per_s]:,.0f} tokens/s  left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=num_steps, completed=start_step, loss=0.0, tokens_per_s=0.0)
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_s: float, eval_loss: float | None = None) -> None:
+        """Show the state after `step` steps."""
+        if eval_loss is not None and not self._quiet:
+            logger.info("step %d/%d  held-out loss %.4f", step, self._num_steps, eval_loss)
+        self._bar.update(self._task, completed=step, loss=loss, tokens_per_s=tokens_per_s)
+        now = time.monotonic()
+        if self._bar.disable and not self._quiet and (now - self._last_line > _LINE_EVERY_S or step == self._num_steps):
+            self._last_line = now
+            left = (now - self._begin) / max(1, step - self._start_step) * (self._num_steps - step)
+            logger.info(
+                "step %d/%d  loss %.3f  %.0f tokens/s  %.0f s left", step, self._num_steps, loss, tokens_per_s, left
+            )
+
+
+def draw_curve(output_dir: Path) -> None:
+    """Draw training and held-out loss over steps to `loss.png`."""
+    lines = read_metrics(output_dir)
+    if not lines:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o-")):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+    axes.set(xlabel="step", ylabel="loss per supervised token", title=str(output_dir))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output_dir / CURVE, dpi=120)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s that MFU is measured against: the data sheet's, or on other hardware a matrix product's."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in _PEAK_FLOPS.items():
+            if known in name and dtype == torch.bfloat16:
+                return peak
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 5) -> float:
+    """Return the best FLOP/s of a square matrix product of `size` on this device.
+
+    A processor without units for `dtype` (bfloat16 on many a CPU) takes 10 s for one: it is told by a small product.
+    """
+    if device.type == "cpu" and (slow := _product_flops(device, dtype, _SMALL_PRODUCT)) < _SLOW_FLOPS:
+        return slow
+    return max(_product_flops(device, dtype, size) for _ in range(repeats))
+
+
+def _product_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    begin = time.perf_counter()
+    b = a @ a
+    float(b[0, 0])  # waits for the device
+    return 2.0 * size**3 / (time.perf_counter() - begin)

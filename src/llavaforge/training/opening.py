@@ -1,0 +1,78 @@
+"""Opening a run's data: what is trained on, what is held out, what is left out.
+
+Comes in: the recipe and the model's processor. Goes out: `OpenedData`.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llavaforge.config.schema import DataEntry, TrainConfig
+from llavaforge.data.faults import Fault
+from llavaforge.data.index.index import SampleIndex, open_index, refuse, refuse_missing
+from llavaforge.data.order.mixture import Mixture, Rows, deal, without_quarantined
+from llavaforge.errors import UserError
+from llavaforge.model.load import LoadedModel
+from llavaforge.training.bad_samples import accept
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out data: an index and the rows of it that are evaluated."""
+
+    index: SampleIndex
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """The training samples, what of them an epoch holds, what is held out, and the records that are left out."""
+
+    index: SampleIndex
+    mixture: Mixture
+    held_out: HeldOut | None
+    left_out: list[Fault]
+
+
+def open_data(config: TrainConfig, loaded: LoadedModel, quiet: bool) -> OpenedData:
+    """Open the data of a run, preparing what is not in the cache.
+
+    Raises:
+        UserError: records are faulty (more than `max_bad_samples` under `on_bad_sample: skip`), none has an image, or
+        nothing is left to train on or to hold out.
+    """
+    index, rows, left_out = _sound(config, config.entries, loaded, quiet)
+    if not index.num_images.any():
+        raise UserError(
+            f"{index.parts[0].source.name}: no record has an image, so the projector would learn nothing. "
+            "Add image-text data."
+        )
+    mixture, kept = deal(config, index, rows)
+    held_out = HeldOut(index, kept) if len(kept) else None
+    if config.eval_data_path is not None:
+        other, other_rows, more = _sound(config, [DataEntry(path=config.eval_data_path)], loaded, quiet)
+        if not len(other_rows[0]):
+            raise UserError(f"{config.eval_data_path}: no sound record is left to evaluate on.")
+        held_out, left_out = HeldOut(other, other_rows[0]), left_out + more
+    return OpenedData(index, mixture, held_out, left_out)
+
+
+def _sound(
+    config: TrainConfig, entries: Sequence[DataEntry], loaded: LoadedModel, quiet: bool
+) -> tuple[SampleIndex, list[Rows], list[Fault]]:
+    """Return an index, the rows of each data set that may be used, and the faults of the others."""
+    index = open_index(entries, loaded.processor, loaded.num_image_tokens, config, quiet)
+    rows, faults = without_quarantined(index, config.quarantine)
+    if config.quarantine is not None and not quiet:
+        num_left_out = sum(len(part) + len(part.faults) for part in index.parts)
+        num_left_out -= sum(map(len, rows)) + sum(map(len, faults))
+        logger.info("%s leaves out %d records", config.quarantine, num_left_out)
+    for part, mine in zip(index.parts, faults, strict=True):
+        if config.on_bad_sample == "stop":
+            refuse(mine, len(part) + len(part.faults), part.source.name)
+            refuse_missing(part)
+    left_out = [fault for mine in faults for fault in mine]
+    accept(" and ".join(part.source.name for part in index.parts), left_out, config.max_bad_samples)
+    return index, rows, left_out

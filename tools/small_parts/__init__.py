@@ -1,0 +1,1 @@
+"""How quickstart's small parts were trained; not shipped."""
