@@ -230,14 +230,14 @@ def test_dashes_and_underscores_are_the_same_and_flags_override_the_recipe(tmp_p
 
 def test_flags_override_every_stage_of_a_recipe(tmp_path: Path) -> None:
     from llavaforge.cli import parse
-    from llavaforge.training.stages import expand
+    from llavaforge.config.recipe import training_stages
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model_name_or_path: m\ndata_path: d\noutput_dir: o\nstages:\n"
         "  - {name: one, train_type: projector, global_batch_size: 256}\n  - {name: two, global_batch_size: 128}\n"
     )
-    plain = expand(parse("train", [str(recipe)]))  # type: ignore[arg-type]
-    smaller = expand(parse("train", [str(recipe), "--global-batch-size", "4"]))  # type: ignore[arg-type]
+    plain = training_stages(parse("train", [str(recipe)]))  # type: ignore[arg-type]
+    smaller = training_stages(parse("train", [str(recipe), "--global-batch-size", "4"]))  # type: ignore[arg-type]
     assert [stage.global_batch_size for stage in plain] == [256, 128]
     assert [(stage.train_type, stage.global_batch_size) for stage in smaller] == [("projector", 4), ("use_lora", 4)]

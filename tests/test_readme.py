@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llavaforge.cli import VERBS, parse
+from llavaforge.config.recipe import training_stages
 from llavaforge.config.schema import TrainConfig
-from llavaforge.training.stages import expand
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -46,7 +46,7 @@ def test_every_command_is_understood(source: str, words: list[str], monkeypatch:
 def test_every_recipe_is_valid_and_says_how_it_is_started(recipe: Path) -> None:
     config = parse("train", [str(recipe)])
     assert isinstance(config, TrainConfig)
-    expand(config)
+    training_stages(config)
     assert f"llavaforge train recipes/{recipe.name}" in recipe.read_text()
 
 

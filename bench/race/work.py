@@ -15,7 +15,7 @@ from llavaforge.data.order.mixture import Mixture
 from llavaforge.data.order.plan import Plan
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import load_model
-from llavaforge.model.train_types import select
+from llavaforge.model.trainable import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def work_of(task: Task) -> list[StepWork]:
     """Return the work of each step of a task."""
     config = config_of(task)
     loaded = load_model(task.model)
-    select(loaded.model, config)
+    parameter_groups(loaded.model, config)
     counter = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     index = open_index(config.data_path, loaded.processor, loaded.num_image_tokens, config)
     steps = []

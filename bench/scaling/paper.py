@@ -20,7 +20,7 @@ from bench.scenarios import REAL, SIZES
 from llavaforge.config.schema import TrainConfig
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.loss import CHUNK
-from llavaforge.model.train_types import select
+from llavaforge.model.trainable import parameter_groups
 
 TRAIN_TYPES = ("projector", "use_lora", "freeze_vision", "full")  # LoRA: r = 128 on all linear layers, as the recipe
 ENGINES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -121,7 +121,7 @@ def real_model(train_type: str) -> tuple[Weights, float]:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     values = {"model_name_or_path": "-", "data_path": "-", "output_dir": "-", "train_type": train_type}
-    select(model, TrainConfig.model_validate(values))
+    parameter_groups(model, TrainConfig.model_validate(values))
     flops = FlopCounter.of(model, size.num_image_tokens).step([TOKENS], 1, SUPERVISED)
     return Weights.of(model, 10 * size.width, gradient_checkpointing=True), flops
 

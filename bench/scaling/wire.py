@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavaforge.model.tower import unused_modules
-from llavaforge.model.train_types import part_of
+from llavaforge.model.trainable import part_of
 
 # DeepSpeed's default of `stage3_max_live_parameters`, which the shipped files leave as it is.
 MAX_LIVE = 1_000_000_000

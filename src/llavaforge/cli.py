@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RECIPE_ONLY = {"stages", "data"}  # lists of mappings
+_RECIPE_ONLY = {"stages", "data", "eval_data"}  # lists of mappings
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     Raises:
         UserError: an unknown flag or key (with the nearest one), a missing field, a value of the wrong kind.
     """
-    from llavaforge.config import load, schema
+    from llavaforge.config import load, recipe, schema
 
     verb = VERBS[name]
     options: type[Schema] = getattr(schema, verb.schema)
@@ -123,17 +123,14 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
         flags = [f"--{field}" for field in options.model_fields]
         raise UserError(f"llavaforge {name}: unknown argument `{unknown[0]}`.{load.nearest(unknown[0], flags)}")
     values = vars(given)
-    recipe = values.pop("recipe", None) if verb.takes_recipe else None
-    merged = {**(load.read_recipe(Path(recipe)) if recipe else {}), **values}
-    if options is not schema.TrainConfig and verb.takes_recipe:  # a training recipe says more than these verbs need
-        merged = {**_one_stage(merged, values.get("stage"), str(recipe)), **values}
-        merged = {key: value for key, value in merged.items() if key in options.model_fields or not _is_of_train(key)}
-    if "data_path" in values and merged.pop("data", None):
-        logger.info("--data_path %s takes the place of the recipe's data", values["data_path"])
-    merged["stages"] = [_without(stage, values) for stage in merged.get("stages") or []]
-    if not merged["stages"]:
-        del merged["stages"]
-    return load.build(options, merged, recipe or f"llavaforge {name}")
+    path = values.pop("recipe", None) if verb.takes_recipe else None
+    if path:
+        values = recipe.override_all(load.read_recipe(Path(path)), values)
+    if path and options is not schema.TrainConfig:  # a training recipe says more than these verbs need
+        values = recipe.one_stage(values, values.get("stage"), str(path))
+        foreign = schema.TrainConfig.model_fields.keys() - options.model_fields.keys()
+        values = {key: value for key, value in values.items() if key not in foreign}
+    return load.build(options, values, path or f"llavaforge {name}")
 
 
 def call(name: str, fields: dict[str, Any]) -> Any:
@@ -157,33 +154,6 @@ def function_of(name: str) -> Callable[..., Any]:
     verb.__name__ = verb.__qualname__ = name.split()[-1].replace("-", "_")
     verb.__doc__ = f"{VERBS[name].summary}\n\nTakes the options of `llavaforge {name} --help` as keywords."
     return verb
-
-
-def _one_stage(recipe: dict[str, Any], name: str | None, where: str) -> dict[str, Any]:
-    """Return a recipe with the keys of one of its stages (the first, unless named) in place of its own."""
-    stages = {stage.get("name"): stage for stage in recipe.get("stages") or [] if isinstance(stage, dict)}
-    if name is not None and name not in stages:
-        raise UserError(f"{where}: no stage {name!r}. Its stages: {', '.join(map(str, stages)) or 'none'}.")
-    if not stages:
-        return recipe
-    chosen = stages[name] if name is not None else next(iter(stages.values()))
-    logger.info("stage %s of %s", chosen.get("name"), where)
-    return {**recipe, **{key: value for key, value in chosen.items() if key != "name"}}
-
-
-def _is_of_train(key: str) -> bool:
-    from llavaforge.config.schema import TrainConfig
-
-    return key in TrainConfig.model_fields
-
-
-def _without(stage: Any, flags: Mapping[str, Any]) -> Any:
-    """Return a stage of a recipe without the keys that a flag sets: flags override every stage."""
-    if not isinstance(stage, dict):
-        return stage
-    for key in stage.keys() & flags.keys():
-        logger.info("--%s %s overrides %r of %s", key, flags[key], stage[key], stage.get("name", "a stage"))
-    return {key: value for key, value in stage.items() if key not in flags}
 
 
 def _choose(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llavaforge.config.load import build, read_recipe
+from llavaforge.config.recipe import override_all, stage_values
 from llavaforge.config.schema import SlurmConfig, TrainConfig
 from llavaforge.errors import UserError
 
@@ -169,17 +170,11 @@ def _minutes(time: str) -> float:
 
 def _check_recipe(config: SlurmConfig) -> None:
     """Check each stage of the recipe as `train` will, before a job waits in a queue for it."""
-    values = read_recipe(config.recipe)
-    stages = values.pop("stages", None) or [{}]
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
-        raise UserError(f"{config.recipe}: `stages` is a list of mappings.")
     flags = {"deepspeed": config.deepspeed} if config.deepspeed else {}
     processes = config.nodes * config.gpus_per_node
-    for number, stage in enumerate(stages):
-        name = stage.get("name")
-        where = f"{config.recipe}: stages[{number}] ({name})" if name else str(config.recipe)
-        overrides = {key: value for key, value in stage.items() if key != "name"}
-        batch = build(TrainConfig, {**values, **overrides, **flags}, where).global_batch_size
+    for name, values in stage_values(override_all(read_recipe(config.recipe), flags), str(config.recipe)):
+        where = f"{config.recipe}: stage {name}" if name else str(config.recipe)
+        batch = build(TrainConfig, values, where).global_batch_size
         if batch is not None and batch % processes:
             below = batch // processes * processes
             fitting = [str(size) for size in (below, below + processes) if size]

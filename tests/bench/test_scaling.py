@@ -16,7 +16,7 @@ from bench.scenarios import SIZES
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.model.train_types import select
+from llavaforge.model.trainable import parameter_groups
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("zero1", "zero2", SCALED)  # the shipped zero3 is `SCALED` with bounds that a tiny model never reaches
@@ -90,7 +90,7 @@ def weights(train_type: str, **options: Any) -> Weights:
             LlavaConfig(vision_config=vision_config(size), text_config=text_config(size), image_token_index=999)
         )
     values = {"model_name_or_path": "m", "data_path": "d", "output_dir": "o", "train_type": train_type, "lora_r": 4}
-    select(model, TrainConfig.model_validate(values))
+    parameter_groups(model, TrainConfig.model_validate(values))
     return Weights.of(model, threshold=640, **{"gradient_checkpointing": False, **options})
 
 

@@ -26,7 +26,7 @@ from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.step import StepModule
-from llavaforge.model.train_types import select
+from llavaforge.model.trainable import parameter_groups
 from train_tools import TRAIN_TYPES
 
 SIDE, PATCH, IMAGE_TOKEN, NUM_IMAGE_TOKENS = 56, 14, 99, 16
@@ -95,7 +95,7 @@ def prepared(train_type: str, **model_options: Any) -> Any:
         "model_name_or_path": "m", "data_path": "d", "output_dir": "o", "train_type": train_type, "lora_r": 6,
         "lora_alpha": 6,
     }  # fmt: skip
-    select(model, TrainConfig.model_validate(values))
+    parameter_groups(model, TrainConfig.model_validate(values))
     return model
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.model.train_types import select
+from llavaforge.model.trainable import parameter_groups
 
 
 def seeds_model() -> LlavaForConditionalGeneration:
@@ -34,7 +34,7 @@ def config(**options: object) -> TrainConfig:
 def test_lora_of_rank_32_on_attention_is_26_214_400_parameters_in_the_language_model_alone() -> None:
     model = seeds_model()
     options = config(train_type="use_lora", lora_r=32, lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    groups = select(model, options)
+    groups = parameter_groups(model, options)
     lora = {name: p for group in groups if group.part == "lora" for name, p in group.parameters.items()}
     assert sum(parameter.numel() for parameter in lora.values()) == 26_214_400
     assert all(name.startswith("model.language_model.") for name in lora)
@@ -55,14 +55,17 @@ def test_lora_of_rank_32_on_attention_is_26_214_400_parameters_in_the_language_m
 )
 def test_what_learns_at_full_size(train_type: str, expected: int) -> None:
     model = seeds_model()
-    groups = select(model, config(train_type=train_type))
+    groups = parameter_groups(model, config(train_type=train_type))
     assert sum(group.num_parameters for group in groups) == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_263_056_896
 
 
 def test_default_rates_are_llavas() -> None:
     rates = {
-        kind: {group.part: group.learning_rate for group in select(seeds_model(), config(train_type=kind, lora_r=8))}
+        kind: {
+            group.part: group.learning_rate
+            for group in parameter_groups(seeds_model(), config(train_type=kind, lora_r=8))
+        }
         for kind in ("projector", "use_lora", "full")
     }
     assert rates["projector"] == {"projector": 1e-3}

@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llavaforge.config import train_types
 from llavaforge.data.load.pack import Pack
 from llavaforge.errors import UserError
 from llavaforge.files import faults
 from llavaforge.model.step import StepModule
-from llavaforge.model.train_types import LEARNS, part_of
+from llavaforge.model.trainable import part_of
 from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.training.contract import Contract, ContractError
 from llavaforge.training.metrics import read_metrics
@@ -30,7 +31,7 @@ def test_what_should_move_moved_and_the_rest_is_equal_bit_for_bit(
     assert before.keys() == after.keys()
     never = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm")  # after the feature layer
     for name, tensor in before.items():
-        learns = part_of(name) in LEARNS[train_type] and not any(part in name for part in never)
+        learns = part_of(name) in train_types.TRAIN_TYPES[train_type].parts and not any(part in name for part in never)
         # A token that no sample contains has no gradient: embeddings move in the rows that are used.
         assert torch.equal(tensor, after[name]) != learns, name
 

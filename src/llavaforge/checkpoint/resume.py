@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llavaforge.checkpoint.identity import check_same_run
 from llavaforge.checkpoint.state import PREFIX, RUN, load_run, steps_of
 from llavaforge.errors import UserError
 from llavaforge.files import faults, remove_leftovers, replace_text
@@ -119,7 +120,7 @@ def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], wo
                 raise UserError(
                     f"{asked} cannot be resumed from: {'; '.join(found)}. Give another checkpoint-N or `auto`."
                 )
-            _check_identity(asked, load_run(asked), run)
+            check_same_run(asked, load_run(asked)["identity"], run["identity"])
 
         world.together(check)
         return asked
@@ -127,7 +128,7 @@ def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], wo
         folder = output_dir / f"{PREFIX}{step}"
         found = faults_of(folder)
         if not found:
-            world.together(partial(_check_identity, folder, load_run(folder), run))
+            world.together(partial(check_same_run, folder, load_run(folder)["identity"], run["identity"]))
             return folder
         if world.is_writer:
             logger.warning("%s is corrupt (%s); falling back to the one before", folder, "; ".join(found))
@@ -139,23 +140,11 @@ def _check_owner(output_dir: Path, run: dict[str, Any]) -> None:
     if (output_dir / RUN).is_file():
         owner = begun(output_dir)
         if owner is not None:
-            _check_identity(output_dir, owner, run)
+            check_same_run(output_dir, owner["identity"], run["identity"])
         return
     strangers = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
     if strangers:
         raise UserError(
             f"{output_dir}: not empty and not a run of llavaforge (it holds {', '.join(strangers[:3])}). "
             "Give another output_dir."
-        )
-
-
-def _check_identity(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    before, now = theirs["identity"], ours["identity"]
-    different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if different:
-        lines = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in different]
-        raise UserError(
-            f"{folder}: belongs to another run, which differs in\n"
-            + "\n".join(lines)
-            + "\nGive another output_dir, or the same options."
         )

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 
 from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
-from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.files import faults, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.lora import LoraOptions, add_lora, lora_modules, merged_weight, trained_tensors
-from llavaforge.model.train_types import lora_options
 from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.model_folder.write import update_model_folder
 
@@ -61,7 +59,7 @@ def read_trained(folder: Path) -> Trained | None:
     run = load_run(folder)
     base = Path(run["base_model"])
     _check_base(folder, base, run)
-    options = lora_options(TrainConfig.model_validate(run["config"])) if run["train_type"] == "use_lora" else None
+    options = _lora_options(run)
     if is_checkpoint:
         return Trained(base, load_weights(folder), options, run)
     adapter = open_tensors(folder, "adapter_model")
@@ -102,6 +100,17 @@ def merge(output_dir: Path, trained: Trained, overwrite: bool = False) -> None:
 
     run = json.dumps(without_private_paths(trained.run), indent=1) + "\n"
     update_model_folder(output_dir, trained.base, changed, overwrite=overwrite, extra_files={RUN: run})
+
+
+def _lora_options(run: dict[str, Any]) -> LoraOptions | None:
+    """Return the LoRA options of a run, None when plain weights learnt."""
+    if run["train_type"] != "use_lora":
+        return None
+    if "lora" in run:
+        stated = run["lora"]
+    else:  # written by llavaforge 0.1.0 of before December 2026
+        stated = {name: run["config"][f"lora_{name}"] for name in ("r", "alpha", "dropout", "target_modules")}
+    return LoraOptions(**stated | {"target_modules": tuple(stated["target_modules"])})
 
 
 def _check_base(folder: Path, base: Path, run: dict[str, Any]) -> None:

@@ -60,9 +60,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _explain(fault: dict[str, Any], schema: type[Schema]) -> str:
-    if fault["loc"][:1] == ("data",) and len(fault["loc"]) > 2:
+    if fault["loc"][0:1] in (("data",), ("eval_data",)) and len(fault["loc"]) > 2:
         entry = {**fault, "loc": fault["loc"][2:]}
-        return f"data, entry {fault['loc'][1] + 1}: {_explain(entry, DataEntry)}"
+        return f"{fault['loc'][0]}, entry {fault['loc'][1] + 1}: {_explain(entry, DataEntry)}"
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown key `{key}`.{nearest(key, schema.model_fields)}"

@@ -4,15 +4,22 @@ A docstring under a field is its help text. Unknown keys are errors (`config/loa
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-TrainType = Literal["full", "freeze_vision", "use_lora", "projector"]
+from llavaforge.config.train_types import TRAIN_TYPES, TrainType
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+T = TypeVar("T")
+_CHANGEABLE = "changeable"
+Changeable = Annotated[T, _CHANGEABLE]
+"""Of an option of `train` that may change between the starts of one run: it says how the run is carried out, not what
+comes of it. All other options of `TrainConfig` identify the run (`identifying`)."""
 
 _MICRO_BATCH = 8
 _NO_BOUND = 2**31
@@ -22,6 +29,19 @@ def shipped_deepspeed() -> dict[str, Path]:
     """Return the DeepSpeed files that llavaforge brings, by name (`recipes/deepspeed/` in the repository)."""
     folder = Path(__file__).parent.parent / "engine" / "deepspeed"
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def has_images_beside(data_path: Path) -> bool:
+    """Say whether a data set brings a folder or archive of images of its own."""
+    folder = data_path if data_path.is_dir() else data_path.parent
+    return any((folder / name).exists() for name in ("images", "images.zip", "images.tar"))
+
+
+def identifying() -> dict[str, Any]:
+    """Return the options that identify a run, each with its default as JSON; an older run lacks the newer ones."""
+    defaults = TrainConfig.model_construct().model_dump(mode="json", warnings=False)
+    fields = TrainConfig.model_fields.items()
+    return {name: defaults.get(name) for name, info in fields if _CHANGEABLE not in info.metadata}
 
 
 class Schema(BaseModel):
@@ -104,36 +124,51 @@ class SampleOptions(Schema):
     """System message put before each conversation (chat style only)."""
     max_length: PositiveInt = 2048
     """Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit."""
-    image_folder: Path | None = None
+    image_folder: Changeable[Path | None] = None
     """Folder, .zip or .tar of the images of `data_path`; found beside it when not given."""
-    cache_dir: Path | None = None
+    cache_dir: Changeable[Path | None] = None
     """Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`)."""
 
 
 class DataOptions(SampleOptions):
     """Which data, and how it is dealt; shared by `train` and the `data` verbs."""
 
-    data_path: Path | None = None
+    data_path: Changeable[Path | None] = None
     """Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset (docs/data.md)."""
-    data: list[DataEntry] = []
+    data: Changeable[list[DataEntry]] = []
     """Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split."""
-    eval_data_path: Path | None = None
-    """Held-out data, same kinds as `data_path`."""
+    eval_data_path: Changeable[Path | None] = None
+    """Held-out data, same kinds as `data_path`; images that are not beside it are looked for in `image_folder`."""
+    eval_data: Changeable[list[DataEntry]] = []
+    """Several held-out data sets instead of `eval_data_path`, entries as in `data` (without weight and repeat)."""
     validation_split: NonNegativeFloat = 0
     """Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never splits an image."""
-    quarantine: Path | None = None
+    quarantine: Changeable[Path | None] = None
     """A list of bad records, as `data check --quarantine` writes it; `train` leaves them out."""
 
-    global_batch_size: PositiveInt | None = None
+    global_batch_size: Changeable[PositiveInt | None] = None
     """Samples per optimizer step over all processes; accumulation is derived from it."""
-    per_device_train_batch_size: PositiveInt | None = None
+    per_device_train_batch_size: Changeable[PositiveInt | None] = None
     """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
-    max_tokens_per_batch: PositiveInt | None = None
+    max_tokens_per_batch: Changeable[PositiveInt | None] = None
     """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
-    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_accumulation_steps: Changeable[PositiveInt | None] = None
     """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
     seed: NonNegativeInt = 42
     """Seed of the sample order, LoRA's initial weights and dropout."""
+
+    train_type: TrainType = "use_lora"
+    """What learns. It decides how much work a sample is, and so which samples share a micro-batch."""
+    lora_r: PositiveInt = 128
+    """Rank of the LoRA matrices."""
+    lora_alpha: PositiveInt = 256
+    """LoRA's scale is `lora_alpha / lora_r`."""
+    lora_dropout: Fraction = 0.0
+    """Dropout before LoRA's first matrix."""
+    lora_target_modules: list[str] = [
+        "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
+    ]  # fmt: skip
+    """Names of the language model's linear layers that get a LoRA (names the model lacks are passed over)."""
 
     @model_validator(mode="after")
     def _check_data(self) -> "DataOptions":
@@ -145,8 +180,10 @@ class DataOptions(SampleOptions):
             raise ValueError("image_folder belongs to data_path: give `images` in the entries of data")
         if len({entry.weight is None for entry in self.data}) > 1:
             raise ValueError("data: give every entry a weight, or none")
-        if self.eval_data_path and self.validation_split:
-            raise ValueError("give eval_data_path or validation_split, not both")
+        if sum(map(bool, (self.eval_data_path, self.eval_data, self.validation_split))) > 1:
+            raise ValueError("give one of eval_data_path, eval_data and validation_split")
+        if any(entry.weight is not None or entry.repeat is not None for entry in self.eval_data):
+            raise ValueError("eval_data: each record is evaluated once, so weight and repeat have no place")
         if self.max_tokens_per_batch and not (self.global_batch_size or self.per_device_train_batch_size):
             raise ValueError("max_tokens_per_batch bounds micro-batches only: give global_batch_size too")
         if self.global_batch_size and self.gradient_accumulation_steps:
@@ -158,11 +195,24 @@ class DataOptions(SampleOptions):
         return self
 
     @property
+    def uses_lora(self) -> bool:
+        """Whether a LoRA learns."""
+        return TRAIN_TYPES[self.train_type].uses_lora
+
+    @property
     def entries(self) -> list[DataEntry]:
         """The data sets to train on."""
         if self.data_path is None:
             return self.data
         return [DataEntry(path=self.data_path, images=self.image_folder)]
+
+    @property
+    def eval_entries(self) -> list[DataEntry]:
+        """The held-out data sets (none with `validation_split`)."""
+        if self.eval_data_path is None:
+            return self.eval_data
+        images = None if has_images_beside(self.eval_data_path) else self.image_folder
+        return [DataEntry(path=self.eval_data_path, images=images)]
 
     @property
     def max_samples_per_batch(self) -> int:
@@ -208,20 +258,18 @@ class DataPreviewConfig(DataOptions):
 class TrainConfig(DataOptions):
     """Train a LLaVA: one stage, or several under `stages`."""
 
-    model_name_or_path: str
+    model_name_or_path: Changeable[str]
     """Folder (or hub name) of the model to start from: written by customize-model, or any llava-hf style model."""
-    output_dir: Path
+    output_dir: Changeable[Path]
     """Where checkpoints, metrics and the finished model go."""
-    train_type: TrainType = "use_lora"
-    """What learns."""
-    projector_from: str | None = None
+    projector_from: Changeable[str | None] = None
     """A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's `mm_projector.bin`."""
 
-    on_bad_sample: Literal["stop", "skip"] = "stop"
+    on_bad_sample: Changeable[Literal["stop", "skip"]] = "stop"
     """What to do with a record or image that cannot be read: stop, or leave it out and list it in bad_samples.jsonl."""
-    max_bad_samples: NonNegativeInt = 100
+    max_bad_samples: Changeable[NonNegativeInt] = 100
     """With `skip`: stop when more than so many were left out."""
-    eval_steps: NonNegativeInt = 0
+    eval_steps: Changeable[NonNegativeInt] = 0
     """Held-out loss every so many steps (0: only at the end)."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -251,47 +299,36 @@ class TrainConfig(DataOptions):
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient to this norm (0: no clipping)."""
 
-    lora_r: PositiveInt = 128
-    """Rank of the LoRA matrices."""
-    lora_alpha: PositiveInt = 256
-    """LoRA's scale is `lora_alpha / lora_r`."""
-    lora_dropout: Fraction = 0.0
-    """Dropout before LoRA's first matrix."""
-    lora_target_modules: list[str] = [
-        "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
-    ]  # fmt: skip
-    """Names of the language model's linear layers that get a LoRA (names the model lacks are passed over)."""
-
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Changeable[bool] = False
     """Recompute the language model's layers in the backward pass to save memory."""
-    deepspeed: str | None = None
+    deepspeed: Changeable[str | None] = None
     """`zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several processes default
     to `zero2`, a single one to plain PyTorch."""
-    stuck_timeout_s: Annotated[float, Field(ge=1)] = 300.0
+    stuck_timeout_s: Changeable[Annotated[float, Field(ge=1)]] = 300.0
     """Seconds after which a run of several processes is ended when one of them does not answer or gets nowhere."""
-    dataloader_num_workers: NonNegativeInt = 2
+    dataloader_num_workers: Changeable[NonNegativeInt] = 2
     """Processes that decode images (0: the training process itself)."""
 
-    save_steps: NonNegativeInt = 500
+    save_steps: Changeable[NonNegativeInt] = 500
     """A checkpoint every so many steps (0: none)."""
-    save_total_limit: PositiveInt = 2
+    save_total_limit: Changeable[PositiveInt] = 2
     """Newest checkpoints kept."""
-    logging_steps: PositiveInt = 1
+    logging_steps: Changeable[PositiveInt] = 1
     """A line of metrics.jsonl every so many steps."""
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Changeable[Literal["none", "tensorboard"]] = "none"
     """Where metrics go besides metrics.jsonl."""
-    resume_from_checkpoint: Literal["auto"] | Path = "auto"
+    resume_from_checkpoint: Changeable[Literal["auto"] | Path] = "auto"
     """`auto` goes on from the newest valid checkpoint of `output_dir`; a path names one."""
 
-    stages: list[dict[str, Any]] = []
+    stages: Changeable[list[dict[str, Any]]] = []
     """Each entry is the recipe with some fields overridden (and a `name`); they run in order."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.eval_steps and not (self.eval_data_path or self.validation_split):
-            raise ValueError("eval_steps needs held-out data: give eval_data_path or validation_split")
+        if self.eval_steps and not (self.eval_data_path or self.eval_data or self.validation_split):
+            raise ValueError("eval_steps needs held-out data: give eval_data_path, eval_data or validation_split")
         if self.deepspeed is not None and self.deepspeed not in shipped_deepspeed():
             if not Path(self.deepspeed).is_file():
                 names = ", ".join(shipped_deepspeed())

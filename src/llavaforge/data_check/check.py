@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from llavaforge.config.schema import DataCheckConfig, DataEntry
+from llavaforge.config.schema import DataCheckConfig
 from llavaforge.data.faults import KINDS
 from llavaforge.data.index.index import SampleIndex, open_index, refuse
 from llavaforge.data.order.mixture import Rows, mix, split_held_out
@@ -25,9 +25,9 @@ from llavaforge.data.order.plan import Plan, num_steps
 from llavaforge.data_check.charts import histogram
 from llavaforge.data_check.findings import Diagnosis, Finding, examine
 from llavaforge.data_check.forecast import Forecast, forecast
-from llavaforge.model_folder.hub import find_model_folder
-from llavaforge.model_folder.read import read_processor
-from llavaforge.model_folder.verify import num_placeholders
+from llavaforge.model.flops import FlopCounter
+from llavaforge.model.load import LoadedModel, load_without_weights
+from llavaforge.model.trainable import set_trainable
 from llavaforge.report.page import render
 
 _EXAMPLES_SHOWN, _EXAMPLES_IN_REPORT = 3, 20
@@ -43,9 +43,10 @@ def data_check(config: DataCheckConfig) -> dict[str, Any]:
     Raises:
         UserError: the data cannot be read at all, or the options contradict each other.
     """
-    index, held_out = _open(config)
+    loaded = load_without_weights(config.model_name_or_path) if config.model_name_or_path is not None else None
+    index, held_out = _open(config, loaded)
     found = examine(index, held_out, config.check_images)
-    outlook = _outlook(config, index, held_out)
+    outlook = _outlook(config, loaded, index, held_out)
     errors, warnings = found.by_severity("error"), found.by_severity("warning")
     _show(found)
     _summarize(config, index, outlook)
@@ -66,31 +67,32 @@ def data_check(config: DataCheckConfig) -> dict[str, Any]:
     }
 
 
-def _open(config: DataCheckConfig) -> tuple[SampleIndex, np.ndarray[Any, np.dtype[np.bool_]]]:
+def _open(
+    config: DataCheckConfig, loaded: LoadedModel | None
+) -> tuple[SampleIndex, np.ndarray[Any, np.dtype[np.bool_]]]:
     """Return all data, and for each row whether it is held out."""
-    processor, num_image_tokens = None, 0
-    if config.model_name_or_path is not None:
-        processor = read_processor(find_model_folder(config.model_name_or_path))
-        num_image_tokens = num_placeholders(processor)[0]
+    processor, num_image_tokens = (loaded.processor, loaded.num_image_tokens) if loaded is not None else (None, 0)
     entries = list(config.entries)
-    if config.eval_data_path is not None:
-        entries.append(DataEntry(path=config.eval_data_path))
+    entries += config.eval_entries
     index = open_index(entries, processor, num_image_tokens, config)
     for part in index.parts:
         refuse([], len(part) + len(part.faults), part.source.name)
     held_out = np.zeros(len(index), dtype=bool)
-    if config.eval_data_path is not None:
-        held_out[index.starts[-2] :] = True
+    if config.eval_entries:
+        held_out[index.starts[len(config.entries)] :] = True
     elif config.validation_split and len(index):
         held_out[split_held_out(index, np.arange(len(index)), config.validation_split, config.seed)[1]] = True
     return index, held_out
 
 
 def _outlook(
-    config: DataCheckConfig, index: SampleIndex, held_out: np.ndarray[Any, np.dtype[np.bool_]]
+    config: DataCheckConfig,
+    loaded: LoadedModel | None,
+    index: SampleIndex,
+    held_out: np.ndarray[Any, np.dtype[np.bool_]],
 ) -> Forecast | None:
     """Return what an epoch on these records would be; None without a model, or without a sound record."""
-    if config.model_name_or_path is None or held_out.all():
+    if loaded is None or held_out.all():
         return None
     rows: list[Rows] = []
     for first, last in zip(index.starts, index.starts[1 : len(config.entries) + 1], strict=False):
@@ -99,19 +101,9 @@ def _outlook(
         return None
     mixture = mix(config.entries, rows, config.seed)
     batch = min(config.samples_per_step(), len(mixture))
-    return forecast(
-        Plan(
-            mixture=mixture,
-            lengths=index.lengths,
-            num_supervised=index.num_supervised,
-            costs=index.lengths.astype(np.float64),
-            global_batch_size=batch,
-            num_steps=num_steps(len(mixture), batch, 1.0, 0),
-            world_size=1,
-            max_samples=config.max_samples_per_batch,
-            max_tokens=config.max_tokens_per_batch,
-        )
-    )
+    set_trainable(loaded.model, config)
+    costs = FlopCounter.of(loaded.model, loaded.num_image_tokens).of_index(index)
+    return forecast(Plan.of(config, mixture, index, costs, batch, num_steps(len(mixture), batch, 1.0, 0)))
 
 
 def _show(found: Diagnosis) -> None:

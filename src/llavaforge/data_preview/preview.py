@@ -6,13 +6,11 @@ text on stdout. The model's weights are not read: its config and processor say a
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import LlavaForConditionalGeneration
 
 from llavaforge.config.schema import DataEntry, DataPreviewConfig
 from llavaforge.data.faults import Fault
@@ -25,17 +23,12 @@ from llavaforge.data_preview.cards import CardMaker, Place, Preview, bars_of, pl
 from llavaforge.data_preview.terminal import show
 from llavaforge.errors import UserError
 from llavaforge.model.flops import FlopCounter
-from llavaforge.model.load import LoadedModel
-from llavaforge.model.train_types import LEARNS
-from llavaforge.model_folder.hub import find_model_folder
-from llavaforge.model_folder.read import read_config, read_processor
-from llavaforge.model_folder.verify import check_processor, num_placeholders
+from llavaforge.model.load import LoadedModel, load_without_weights
+from llavaforge.model.trainable import set_trainable
 from llavaforge.report.page import count, render
 
 # Of a step of thousands of micro-batches; those with samples that are shown come on top.
 _MOST_BARS = 64
-# What shares a micro-batch depends a little on what learns, through the work per sample. A preview knows no train type.
-_LEARNING = frozenset(LEARNS["use_lora"])
 
 
 def data_preview(config: DataPreviewConfig) -> dict[str, Any]:
@@ -48,7 +41,7 @@ def data_preview(config: DataPreviewConfig) -> dict[str, Any]:
         UserError: the model or the data is at fault, no record is sound, or the page cannot be written. Faulty records
         and images are shown, not raised.
     """
-    loaded = _without_weights(config.model_name_or_path)
+    loaded = load_without_weights(config.model_name_or_path)
     data = _open_data(config, loaded)
     plan = _plan(config, data, loaded)
     preview = _preview(config, loaded, data, plan)
@@ -57,17 +50,6 @@ def data_preview(config: DataPreviewConfig) -> dict[str, Any]:
         _write(config.output, render(Path(__file__).parent / "preview.html.jinja", preview=preview))
     show(preview, Console(file=sys.stdout), output)
     return {"output": output, "num_samples": len(preview.cards)}
-
-
-def _without_weights(name_or_path: str) -> LoadedModel:
-    """Return a model whose parameters have shapes only."""
-    path = find_model_folder(name_or_path)
-    config, processor = read_config(path), read_processor(path)
-    check_processor(path, config, processor)
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    preprocessing = Preprocessing.of(processor.image_processor)
-    return LoadedModel(path, model, processor, preprocessing, num_placeholders(processor)[0])
 
 
 @dataclass(frozen=True)
@@ -97,19 +79,9 @@ def _nothing_sound(entries: Sequence[DataEntry], faults: list[Fault]) -> str:
 
 
 def _plan(config: DataPreviewConfig, data: _Data, loaded: LoadedModel) -> Plan:
-    index = data.index
-    flops = replace(FlopCounter.of(loaded.model, loaded.num_image_tokens), learning=_LEARNING)
-    return Plan(
-        mixture=data.mixture,
-        lengths=index.lengths,
-        num_supervised=index.num_supervised,
-        costs=flops.of_samples(index.lengths, index.num_images, index.num_supervised),
-        global_batch_size=config.samples_per_step(),
-        num_steps=1,
-        world_size=1,
-        max_samples=config.max_samples_per_batch,
-        max_tokens=config.max_tokens_per_batch,
-    )
+    set_trainable(loaded.model, config)
+    costs = FlopCounter.of(loaded.model, loaded.num_image_tokens).of_index(data.index)
+    return Plan.of(config, data.mixture, data.index, costs, config.samples_per_step(), num_steps=1)
 
 
 def _preview(config: DataPreviewConfig, loaded: LoadedModel, data: _Data, plan: Plan) -> Preview:

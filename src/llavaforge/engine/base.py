@@ -11,7 +11,7 @@ import torch
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.model.step import StepModule
-from llavaforge.model.train_types import Group
+from llavaforge.model.trainable import Group
 from llavaforge.processes.world import World
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
 from llavaforge.model.step import StepModule
-from llavaforge.model.train_types import Group
+from llavaforge.model.trainable import Group
 from llavaforge.processes.world import World
 
 

@@ -30,7 +30,7 @@ from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
 from llavaforge.engine.plain import peak_memory_bytes
 from llavaforge.engine.zero_config import offloads_optimizer, stage_of
 from llavaforge.model.step import StepModule
-from llavaforge.model.train_types import Group
+from llavaforge.model.trainable import Group
 from llavaforge.processes.world import World
 
 _CLIP_NEVER = 1e30  # DeepSpeed reads 0 as "no clipping" but some of its optimizers then report no norm

@@ -128,15 +128,14 @@ def _real_sample(folder: Path, trained: Trained | None) -> dict[str, torch.Tenso
 def _first_image(trained: Trained | None) -> tuple[Image.Image, str] | None:
     if trained is None:
         return None
-    options = trained.run["config"]
-    given = {"path": options["data_path"], "images": options["image_folder"]}
-    entry = DataEntry.model_validate(options["data"][0] if options.get("data") else given)
     try:
-        source = find_source(entry, cache_dir(options["cache_dir"]))
+        stated = trained.run["data"][0]  # absent in runs of llavaforge 0.1.0 of before December 2026
+        entry = DataEntry(**{key: stated.get(key) for key in ("path", "images", "split")})
+        source = find_source(entry, cache_dir(None))
         record = next(record for record in records_of(source) if len(record.images) == 1)
         image = decode(source.images.read(record.images[0]), source.images.name(record.images[0]))
         return image, record.turns[-2].text.replace("<image>", "").strip() or "What is in this image?"
-    except (UserError, RecordError, StopIteration) as error:
+    except (UserError, RecordError, StopIteration, LookupError) as error:
         logger.warning("verifying on a generated image, the training data is not at hand: %s", error)
         return None
 

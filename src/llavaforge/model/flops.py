@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from llavaforge.data.index.index import SampleIndex
 from llavaforge.model.lora import is_lora
 from llavaforge.model.tower import num_layers_used, vision_backbone
-from llavaforge.model.train_types import part_of
+from llavaforge.model.trainable import part_of
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,9 @@ class FlopCounter:
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))
 
-    def of_samples(
-        self, lengths: npt.NDArray[np.int64], num_images: npt.NDArray[np.int64], num_supervised: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
-        """Return the model FLOPs of each sample on its own, in training."""
+    def of_index(self, index: SampleIndex) -> npt.NDArray[np.float64]:
+        """Return the model FLOPs of each sample of an index on its own, in training."""
+        lengths, num_images, num_supervised = index.lengths, index.num_images, index.num_supervised
         pairs = lengths * (lengths + 1) / 2
         flops = self._flops(lengths, pairs, num_images, num_supervised, num_images > 0)
         return np.asarray(flops, dtype=np.float64)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model_folder.hub import find_model_folder
-from llavaforge.model_folder.read import read_processor
-from llavaforge.model_folder.verify import load_verified, num_placeholders
+from llavaforge.model_folder.verify import load_verified, num_placeholders, read_checked
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,27 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> LoadedMod
         together.
     """
     path = find_model_folder(name_or_path)
-    processor = read_processor(path)
-    return LoadedModel(
-        path=path,
-        model=load_verified(path, dtype),
-        processor=processor,
-        preprocessing=Preprocessing.of(processor.image_processor),
-        num_image_tokens=num_placeholders(processor)[0],
-    )
+    config, processor = read_checked(path)
+    model = load_verified(path, dtype, config, processor)
+    return _loaded(path, model, processor)
+
+
+def load_without_weights(name_or_path: str) -> LoadedModel:
+    """Open a model folder with parameters that have shapes only: enough for samples, plans and FLOPs.
+
+    Raises:
+        UserError: as `load_model`, but for the weights.
+    """
+    path = find_model_folder(name_or_path)
+    config, processor = read_checked(path)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    return _loaded(path, model, processor)
+
+
+def _loaded(path: Path, model: Any, processor: Any) -> LoadedModel:
+    preprocessing = Preprocessing.of(processor.image_processor)
+    return LoadedModel(path, model, processor, preprocessing, num_placeholders(processor)[0])
 
 
 def compute_dtype(bf16: bool | str) -> torch.dtype:

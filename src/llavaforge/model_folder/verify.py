@@ -17,12 +17,30 @@ from llavaforge.errors import UserError
 from llavaforge.model_folder.read import read_config, read_processor
 
 
-def load_verified(folder: Path, dtype: torch.dtype | None = None) -> LlavaForConditionalGeneration:
+def read_checked(folder: Path) -> tuple[LlavaConfig, LlavaProcessor]:
+    """Read a model folder's config and processor and check that they agree.
+
+    Raises:
+        UserError: one is missing or damaged, or they do not agree.
+    """
+    config, processor = read_config(folder), read_processor(folder)
+    check_processor(folder, config, processor)
+    return config, processor
+
+
+def load_verified(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    config: LlavaConfig | None = None,
+    processor: LlavaProcessor | None = None,
+) -> LlavaForConditionalGeneration:
     """Load a model folder with plain transformers and check that it is whole.
 
     Args:
         folder: a model folder.
         dtype: type of the weights in memory; None takes the one that config.json names.
+        config: of `read_checked`, when it was called before.
+        processor: of `read_checked`, when it was called before.
 
     Returns:
         The stock model, in evaluation mode.
@@ -30,8 +48,8 @@ def load_verified(folder: Path, dtype: torch.dtype | None = None) -> LlavaForCon
     Raises:
         UserError: a tensor is missing, unknown or of another shape, or the processor does not fit the model.
     """
-    config = read_config(folder)
-    processor = read_processor(folder)
+    if config is None or processor is None:
+        config, processor = read_checked(folder)
     disable_progress_bar()  # it takes longer to read than the weights take to load
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(
@@ -40,7 +58,6 @@ def load_verified(folder: Path, dtype: torch.dtype | None = None) -> LlavaForCon
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the weights cannot be read ({error}). Copy or download the folder again.") from None
     check_report(folder, report)
-    check_processor(folder, config, processor)
     _check_image_tokens(folder, model, processor)
     return model.eval()
 

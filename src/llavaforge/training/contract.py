@@ -16,7 +16,7 @@ from torch import nn
 from llavaforge.data.text.sample import Sample
 from llavaforge.engine.base import Engine
 from llavaforge.errors import UserError
-from llavaforge.model.train_types import Group
+from llavaforge.model.trainable import Group
 
 STEPS_BEFORE_PROOF = 2
 

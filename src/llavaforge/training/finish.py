@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.state import RUN, without_private_paths
+from llavaforge.checkpoint.trained import merge, read_trained
+from llavaforge.config.recipe import FINAL, result_of
+from llavaforge.config.schema import TrainConfig
 from llavaforge.engine.base import Engine
 from llavaforge.files import publishing
 from llavaforge.model.load import LoadedModel
@@ -54,3 +57,15 @@ def _portable(name_or_path: str) -> str:
     """Return a model's name for other people's eyes: as the user gave it, an absolute path relative to this folder."""
     path = Path(name_or_path).expanduser()
     return os.path.relpath(path) if path.is_absolute() else name_or_path
+
+
+def leave_result(stage: TrainConfig, output_dir: Path) -> None:
+    """After a stage: merge a LoRA for the stage that follows, and point `output_dir/final` to the newest result."""
+    if stage.uses_lora and not result_of(stage).is_dir():
+        trained = read_trained(stage.output_dir / FINAL)
+        assert trained is not None
+        merge(result_of(stage), trained)
+        logger.info("%s: LoRA merged into %s", stage.output_dir.name, result_of(stage))
+    pointer = output_dir / FINAL
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(Path(stage.output_dir.name) / FINAL, target_is_directory=True)

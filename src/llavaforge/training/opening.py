@@ -7,6 +7,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from llavaforge.config.schema import DataEntry, TrainConfig
 from llavaforge.data.faults import Fault
 from llavaforge.data.index.index import SampleIndex, open_index, refuse, refuse_missing
@@ -51,11 +53,12 @@ def open_data(config: TrainConfig, loaded: LoadedModel, quiet: bool) -> OpenedDa
         )
     mixture, kept = deal(config, index, rows)
     held_out = HeldOut(index, kept) if len(kept) else None
-    if config.eval_data_path is not None:
-        other, other_rows, more = _sound(config, [DataEntry(path=config.eval_data_path)], loaded, quiet)
-        if not len(other_rows[0]):
-            raise UserError(f"{config.eval_data_path}: no sound record is left to evaluate on.")
-        held_out, left_out = HeldOut(other, other_rows[0]), left_out + more
+    if config.eval_entries:
+        other, other_rows, more = _sound(config, config.eval_entries, loaded, quiet)
+        for entry, mine in zip(config.eval_entries, other_rows, strict=True):
+            if not len(mine):
+                raise UserError(f"{entry.path}: no sound record is left to evaluate on.")
+        held_out, left_out = HeldOut(other, np.concatenate(other_rows)), left_out + more
     return OpenedData(index, mixture, held_out, left_out)
 
 

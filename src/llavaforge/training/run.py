@@ -5,49 +5,40 @@ data, plan the order, claim the folder, go on from a checkpoint, show and prove 
 model
 """
 
-import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from llavaforge import __version__
 from llavaforge.checkpoint import resume
+from llavaforge.checkpoint.identity import checksum_of_rows, identity
 from llavaforge.checkpoint.state import load_run
+from llavaforge.config.recipe import FINAL, training_stages
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.order.mixture import Rows
 from llavaforge.data.order.plan import Plan, check_world, num_steps
 from llavaforge.engine import zero_config
 from llavaforge.engine.open import open_engine
-from llavaforge.files import faults, fingerprint
+from llavaforge.files import faults
 from llavaforge.join.projector import check_projector, read_projector
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, compute_dtype, load_model
-from llavaforge.model.train_types import LEARNS, learning_rate, lora_options, select
+from llavaforge.model.lora import LoraOptions
+from llavaforge.model.trainable import learning_rate, lora_options, parameter_groups
 from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.read import read_config
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
-from llavaforge.training import finish, stages
+from llavaforge.training import finish
 from llavaforge.training.bad_samples import BadSamples
 from llavaforge.training.opening import OpenedData, open_data
 from llavaforge.training.signals import StopRequest
 from llavaforge.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-# Fields that change how a run is carried out but not what comes of it; all others identify the run.
-_NOT_IDENTITY = frozenset(
-    """output_dir cache_dir image_folder model_name_or_path projector_from data_path data eval_data_path eval_steps
-    quarantine on_bad_sample max_bad_samples
-    global_batch_size per_device_train_batch_size max_tokens_per_batch gradient_accumulation_steps
-    gradient_checkpointing deepspeed stuck_timeout_s dataloader_num_workers save_steps save_total_limit
-    logging_steps report_to resume_from_checkpoint stages""".split()
-)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -62,18 +53,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
         StoppedEarly: a signal asked for it; a checkpoint is saved.
     """
     result: dict[str, Any] = {}
-    expanded = stages.expand(config)
+    stages = training_stages(config)
     size = num_processes()
-    needs_group = any(stage.deepspeed for stage in expanded)
+    needs_group = any(stage.deepspeed for stage in stages)
     with StopRequest() as stop, open_world(size, config.stuck_timeout_s, needs_group) as world:
-        for number, stage in enumerate(expanded, 1):
+        for number, stage in enumerate(stages, 1):
             world.together(stop.check)
             if stage is not config and world.is_writer:
-                logger.info("stage %d of %d: %s (%s)", number, len(expanded), stage.output_dir.name, stage.train_type)
+                logger.info("stage %d of %d: %s (%s)", number, len(stages), stage.output_dir.name, stage.train_type)
             result = _run_stage(stage, world, stop)
             world.at("between stages")
             if stage is not config and world.is_writer:
-                stages.leave_result(stage, config.output_dir)
+                finish.leave_result(stage, config.output_dir)
             world.barrier()
     return result
 
@@ -85,16 +76,17 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
     settings = world.together(lambda: _settle(config, world))
     world.at("loading the model")
     loaded = world.together(lambda: _load(config))
-    groups = world.together(lambda: select(loaded.model, config))
+    groups = world.together(lambda: parameter_groups(loaded.model, config))
     flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     world.at("opening the data")
     data = world.first_on_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
     if len(config.entries) > 1:
         console.print(data.mixture.table(config.entries, data.index.num_supervised))
     plan = world.together(lambda: _plan(config, data, flops, world))
-    run = _describe(config, loaded, data, plan)
+    lora = lora_options(config)
+    run = _describe(config, loaded, data, plan, lora)
     with resume.claimed(config.output_dir, run, world):
-        final = config.output_dir / stages.FINAL
+        final = config.output_dir / FINAL
         if world.from_writer(final.is_dir() and not faults(final) if world.is_writer else False):
             logger.info("%s is finished already: skipped", config.output_dir)
             return load_run(final)["result"] | {"output_dir": str(config.output_dir)}
@@ -107,7 +99,6 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
         with stop.postponed():
             result = trainer.train(stop)
             world.at("writing the finished model")
-            lora = lora_options(config) if config.train_type == "use_lora" else None
             finish.write_final(final, loaded, engine, {**run, "result": result}, lora)
     return result
 
@@ -141,7 +132,7 @@ def _decided(config: TrainConfig, global_batch_size: int | None, num_processes: 
         "fp16.enabled": False,
         "data_types.grad_accum_dtype": "fp32",
         "optimizer.type": "AdamW",
-        "optimizer.params.lr": learning_rate(config, LEARNS[config.train_type][-1]),
+        "optimizer.params.lr": learning_rate(config),
         "optimizer.params.betas": [config.adam_beta1, config.adam_beta2],
         "optimizer.params.eps": config.adam_epsilon,
         "optimizer.params.weight_decay": config.weight_decay,
@@ -166,17 +157,8 @@ def _plan(config: TrainConfig, data: OpenedData, flops: FlopCounter, world: Worl
     check_world(global_batch_size, num_samples, world.size)
     if global_batch_size > num_samples and world.is_writer:
         logger.warning("a global batch of %d is more than all %d records: some repeat", global_batch_size, num_samples)
-    plan = Plan(
-        mixture=data.mixture,
-        lengths=index.lengths,
-        num_supervised=index.num_supervised,
-        costs=flops.of_samples(index.lengths, index.num_images, index.num_supervised),
-        global_batch_size=global_batch_size,
-        num_steps=num_steps(num_samples, global_batch_size, config.num_train_epochs, config.max_steps),
-        world_size=world.size,
-        max_samples=config.max_samples_per_batch,
-        max_tokens=config.max_tokens_per_batch,
-    )
+    steps = num_steps(num_samples, global_batch_size, config.num_train_epochs, config.max_steps)
+    plan = Plan.of(config, data.mixture, index, flops.of_index(index), global_batch_size, steps, world.size)
     if world.size > 1 and world.is_writer:
         more = plan.mean_spread() - 1
         logger.info(
@@ -196,30 +178,18 @@ def _frozen_batch_size(config: TrainConfig) -> int | None:
     return int(begun["identity"]["global_batch_size"])
 
 
-def _describe(config: TrainConfig, loaded: LoadedModel, data: OpenedData, plan: Plan) -> dict[str, Any]:
+def _describe(
+    config: TrainConfig, loaded: LoadedModel, data: OpenedData, plan: Plan, lora: LoraOptions | None
+) -> dict[str, Any]:
     """Return what identifies the run, and what a reader of its folders needs."""
-    values = config.model_dump(mode="json")
-    identity = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
-    identity |= {
-        "base_model": fingerprint(loaded.path),
-        "projector": _checksum_of_projector(loaded) if config.projector_from else None,
-        "data": [data.index.fingerprint, *data.mixture.draws, _checksum(data.mixture.rows)],
-        "global_batch_size": plan.global_batch_size,
-    }
+    projector = loaded.model.model.multi_modal_projector if config.projector_from else None
+    samples = [data.index.fingerprint, *data.mixture.draws, checksum_of_rows(data.mixture.rows)]
     return {
         "llavaforge": __version__,
         "train_type": config.train_type,
         "base_model": str(loaded.path.absolute()),
-        "identity": identity,
-        "config": values,
+        "lora": asdict(lora) if lora is not None else None,
+        "data": [entry.model_dump(mode="json", exclude_defaults=True) for entry in config.entries],
+        "identity": identity(config, loaded.path, projector, samples, plan.global_batch_size),
+        "config": config.model_dump(mode="json"),
     }
-
-
-def _checksum(rows: Sequence[Rows]) -> str:
-    """Identify which rows take part (quarantine, held-out records)."""
-    return hashlib.sha256(b"".join(np.ascontiguousarray(mine).tobytes() for mine in rows)).hexdigest()[:16]
-
-
-def _checksum_of_projector(loaded: LoadedModel) -> float:
-    projector = loaded.model.model.multi_modal_projector
-    return sum(float(tensor.double().sum()) for tensor in projector.parameters())

@@ -28,7 +28,7 @@ from llavaforge.errors import StoppedEarly, UserError
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, compute_dtype
 from llavaforge.model.step import StepModule
-from llavaforge.model.train_types import LEARNS, Group, learning_rate
+from llavaforge.model.trainable import Group, learning_rate
 from llavaforge.training.bad_samples import BadSamples
 from llavaforge.training.contract import STEPS_BEFORE_PROOF, Contract, show_groups, show_sample
 from llavaforge.training.metrics import MetricsFile, ProgressBar, draw_curve, peak_flops
@@ -173,7 +173,7 @@ class Trainer:
             "epoch": round(state.num_samples / len(self._plan.mixture), 4),
             "loss": loss_sum / num_supervised,
             "grad_norm": result.grad_norm,
-            "learning_rate": learning_rate(config, LEARNS[config.train_type][-1]) * factor,
+            "learning_rate": learning_rate(config) * factor,
             "num_supervised": num_supervised,
             "spread": packs[0].source.spread,
         }

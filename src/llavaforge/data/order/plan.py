@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llavaforge.config.schema import DataOptions
+from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.order.mixture import Mixture
 from llavaforge.errors import UserError
 
@@ -66,6 +68,30 @@ class Plan:
     world_size: int
     max_samples: int
     max_tokens: int | None
+
+    @classmethod
+    def of(
+        cls,
+        options: DataOptions,
+        mixture: Mixture,
+        index: SampleIndex,
+        costs: npt.NDArray[np.float64],
+        global_batch_size: int,
+        num_steps: int,
+        world_size: int = 1,
+    ) -> "Plan":
+        """Return the plan of a run with these options: the only way that training, forecast and preview make one."""
+        return cls(
+            mixture=mixture,
+            lengths=index.lengths,
+            num_supervised=index.num_supervised,
+            costs=costs,
+            global_batch_size=global_batch_size,
+            num_steps=num_steps,
+            world_size=world_size,
+            max_samples=options.max_samples_per_batch,
+            max_tokens=options.max_tokens_per_batch,
+        )
 
     def __post_init__(self) -> None:
         check_world(self.global_batch_size, len(self.mixture), self.world_size)

@@ -5,32 +5,15 @@ Comes in: a stock Llava and a train type. Goes out: `Group`s for the engine; eve
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from llavaforge.config.schema import TrainConfig, TrainType
+from llavaforge.config.schema import DataOptions, TrainConfig
+from llavaforge.config.train_types import TRAIN_TYPES, Part
 from llavaforge.model.lora import LoraOptions, add_lora, is_lora
 from llavaforge.model.tower import unused_modules
 
-Part = Literal["vision_tower", "projector", "language_model", "lora"]
-
-# The parts that learn, per train type (design, section 4).
-LEARNS: dict[TrainType, tuple[Part, ...]] = {
-    "projector": ("projector",),
-    "freeze_vision": ("projector", "language_model"),
-    "use_lora": ("projector", "lora"),
-    "full": ("vision_tower", "projector", "language_model"),
-}
-
-# LLaVA's published rates (haotian-liu/LLaVA, scripts/v1_5): 1e-3 stage 1, 2e-5 full, 2e-4 LoRA with projector 2e-5.
-DEFAULT_LEARNING_RATE: dict[TrainType, float] = {
-    "projector": 1e-3,
-    "freeze_vision": 2e-5,
-    "use_lora": 2e-4,
-    "full": 2e-5,
-}
-_LORA_PROJECTOR_LEARNING_RATE = 2e-5
 # LLaVA-NeXT trains its tower at 2e-6 beside 1e-5, a fifth; a tenth is on the safe side of it.
 _VISION_SHARE = 0.1
 
@@ -68,47 +51,59 @@ def part_of(name: str) -> Part:
     return "language_model"
 
 
-def select(model: Any, config: TrainConfig) -> list[Group]:
+def set_trainable(model: Any, options: DataOptions) -> dict[Part, dict[str, nn.Parameter]]:
     """Freeze everything, then free what the train type lets learn.
 
     Args:
-        model: a stock Llava; under `use_lora` it gets its LoRA layers here.
-        config: train type, learning rates, LoRA options.
+        model: a stock Llava, also one without weights; for a LoRA train type it gets its LoRA layers here.
+        options: train type, LoRA options, seed.
 
     Returns:
-        Groups in the order of `LEARNS`, matrices (decayed) before vectors (not decayed).
+        What learns, by part and module name.
     """
-    if config.train_type == "use_lora":
-        add_lora(model, lora_options(config), config.seed)
+    if (lora := lora_options(options)) is not None:
+        add_lora(model, lora, options.seed)
     model.requires_grad_(False)
     never = {id(p) for module in unused_modules(model) for p in module.parameters()}
-    groups = []
-    for part in LEARNS[config.train_type]:
-        mine = {n: p for n, p in model.named_parameters() if part_of(n) == part and id(p) not in never}
-        for parameter in mine.values():
+    learning: dict[Part, dict[str, nn.Parameter]] = {}
+    for part in TRAIN_TYPES[options.train_type].parts:
+        learning[part] = {n: p for n, p in model.named_parameters() if part_of(n) == part and id(p) not in never}
+        for parameter in learning[part].values():
             parameter.requires_grad_(True)
-        rate = learning_rate(config, part)
-        for decay, chosen in _by_decay(mine, config.weight_decay):
-            groups.append(Group(part, rate, decay, chosen))
-    return groups
+    return learning
 
 
-def learning_rate(config: TrainConfig, part: Part) -> float:
-    """Return the peak learning rate of a part."""
-    base = config.learning_rate
-    if base is None:
-        base = DEFAULT_LEARNING_RATE[config.train_type]
+def parameter_groups(model: Any, config: TrainConfig) -> list[Group]:
+    """Let learn what the train type says (`set_trainable`), and group it by learning rate and weight decay.
+
+    Returns:
+        Groups in the order of the train type's parts, matrices (decayed) before vectors (not decayed).
+    """
+    return [
+        Group(part, learning_rate(config, part), decay, chosen)
+        for part, parameters in set_trainable(model, config).items()
+        for decay, chosen in _by_decay(parameters, config.weight_decay)
+    ]
+
+
+def learning_rate(config: TrainConfig, part: Part | None = None) -> float:
+    """Return the peak learning rate of a part (by default the one that `learning_rate` names)."""
+    what = TRAIN_TYPES[config.train_type]
+    base = what.learning_rate if config.learning_rate is None else config.learning_rate
+    part = part or what.parts[-1]
     if part == "projector":
-        default = _LORA_PROJECTOR_LEARNING_RATE if config.train_type == "use_lora" else base
+        default = base if what.projector_learning_rate is None else what.projector_learning_rate
         return default if config.projector_learning_rate is None else config.projector_learning_rate
     if part == "vision_tower":
         return base * _VISION_SHARE if config.vision_learning_rate is None else config.vision_learning_rate
     return base
 
 
-def lora_options(config: TrainConfig) -> LoraOptions:
-    """Return the LoRA options of a run."""
-    return LoraOptions(config.lora_r, config.lora_alpha, config.lora_dropout, tuple(config.lora_target_modules))
+def lora_options(options: DataOptions) -> LoraOptions | None:
+    """Return the LoRA options of a run, None for a train type without LoRA."""
+    if not options.uses_lora:
+        return None
+    return LoraOptions(options.lora_r, options.lora_alpha, options.lora_dropout, tuple(options.lora_target_modules))
 
 
 def _by_decay(
