@@ -1,7 +1,6 @@
 """From a template of this folder and values to one self-contained HTML page.
 
-Comes in: the name of a template and what it shows. Goes out: the page as text. Called by `use/data_preview.py`, the
-data doctor and `report/charts.py`.
+Comes in: the name of a template and what it shows. Goes out: the page as text.
 
 A page extends the skeleton `page.html.jinja`, which brings the style (`style.css`), light and dark, and a security
 policy that forbids scripts and any request: what a page shows comes from other people's data.
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from llavaforge.report.tokens import glyphs
 
@@ -34,11 +32,6 @@ def render(template_name: str, **values: Any) -> str:
         jinja2.UndefinedError: the template wants a value that is not given.
     """
     return _environment().get_template(template_name).render(**values)
-
-
-def fragment(template_name: str, **values: Any) -> Markup:
-    """Render a template as a part of another page, which will not escape it again."""
-    return Markup(render(template_name, **values))
 
 
 def count(number: float) -> str:

@@ -205,9 +205,8 @@ def _facts(
 def _charts(config: DataCheckConfig, index: SampleIndex, found: Diagnosis) -> list[Any]:
     charts = []
     if config.model_name_or_path is not None:
-        marks = {"max_length": float(config.max_length)}
         charts += [
-            histogram(index.lengths, "Length of samples, image tokens included", "tokens", marks=marks),
+            histogram(index.lengths, "Length of samples, image tokens included", "tokens", config.max_length),
             histogram(index.num_supervised, "Supervised tokens per sample", "tokens"),
         ]
     sizes = found.image_sizes[found.image_sizes[:, 0] > 0]
