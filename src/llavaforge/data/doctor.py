@@ -135,7 +135,7 @@ def _decode_all(
     sizes = np.zeros((len(first), 2), dtype=np.int64)
     faults: dict[int, tuple[str, str]] = {}
     place = 0
-    with Bar("decoding", "images", quiet) as bar:
+    with Bar("decoding images", quiet) as bar:
         for seen in _results(decoder, index, starts, row_of_image, first):
             # What cannot be read has no contents to compare: it is like nothing but itself.
             digests[place] = seen.digest or keys[first[place]]
@@ -143,7 +143,8 @@ def _decode_all(
             if seen.fault is not None:
                 faults[int(keys[first[place]])] = seen.fault
             place += 1
-            bar.update(place, place / len(first))
+            share = place / len(first)
+            bar.update(share, f"decoding: {place} images, {100 * share:.0f} %, ")
     found.image_sizes = sizes
     if faults:
         for at in np.flatnonzero(np.isin(keys, list(faults))):

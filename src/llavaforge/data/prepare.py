@@ -159,14 +159,14 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
             pa.OSFile(str(data), "wb") as file,
             pa.ipc.new_file(file, SCHEMA) as writer,
             faults.open("w") as fault_file,
-            Bar(f"preparing {source.name}", "records", quiet) as bar,
+            Bar(f"preparing {source.name}", quiet) as bar,
         ):
             gathered: list[pa.RecordBatch] = []
             for share, batch, found in _encoded(source, worker):
                 fault_file.writelines(json.dumps(asdict(fault)) + "\n" for fault in found)
                 gathered.append(batch)
                 num_records += batch.num_rows + len(found)
-                bar.update(num_records, share)
+                bar.update(share, f"preparing {source.name}: {num_records} records, {100 * share:.0f} %, ")
                 if sum(one.num_rows for one in gathered) >= _ROWS_PER_BATCH or _size(gathered) >= _BYTES_PER_BATCH:
                     writer.write_batch(_joined(gathered))
                     gathered = []
