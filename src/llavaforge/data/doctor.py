@@ -8,7 +8,6 @@ decodes it, and records are compared: duplicates, images with several captions, 
 """
 
 import hashlib
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +116,7 @@ class _Decoder:
         digest = 0
         try:
             data = store.read(ref)
-            digest = struct.unpack("<q", hashlib.blake2b(data, digest_size=8).digest())[0]
+            digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
             image = decode(data, store.name(ref))
         except (RecordError, ImageError) as error:
             return _Seen(digest, 0, 0, (error.kind, str(error)))

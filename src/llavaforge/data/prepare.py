@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, count, islice, takewhile
@@ -41,14 +40,8 @@ _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a proce
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
 _BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
 _LARGE_GROUP = 64_000_000  # bytes of images in a row group of Parquet
-_IMAGE = pa.struct(
-    [
-        ("name", pa.string()),
-        ("container", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("crc", pa.int64()),
-    ]
+_IMAGE = pa.struct(  # an `ImageRef`
+    {"name": pa.string(), "container": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "crc": pa.int64()}
 )
 SCHEMA = pa.schema(
     [
@@ -167,7 +160,8 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
                 gathered.append(batch)
                 num_records += batch.num_rows + len(found)
                 bar.update(share, f"preparing {source.name}: {num_records} records, {100 * share:.0f} %, ")
-                if sum(one.num_rows for one in gathered) >= _ROWS_PER_BATCH or _size(gathered) >= _BYTES_PER_BATCH:
+                num_rows, num_bytes = sum(one.num_rows for one in gathered), sum(one.nbytes for one in gathered)
+                if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
                     writer.write_batch(_joined(gathered))
                     gathered = []
             if gathered:
@@ -195,10 +189,6 @@ def _warn_of_large_groups(source: Source) -> None:
             return
 
 
-def _size(batches: Sequence[pa.RecordBatch]) -> int:
-    return sum(batch.nbytes for batch in batches)
-
-
 def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     table = pa.Table.from_batches(batches).combine_chunks()
     joined = table.to_batches() or batches[:1]
@@ -208,9 +198,6 @@ def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 def _faults_file(path: Path) -> Path:
     return path.with_suffix(".faults.jsonl")
-
-
-_Encoded = tuple[pa.RecordBatch, list[Fault]]
 
 
 def _encoded(source: Source, worker: "_Worker") -> Iterator[tuple[float, pa.RecordBatch, list[Fault]]]:
@@ -245,7 +232,7 @@ class _Worker:
         self._builder, self._images, self._format = builder, source.images, source.entry.format
         self._names = source.file_names
 
-    def __call__(self, chunk: Chunk) -> _Encoded:
+    def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, list[Fault]]:
         """Return a chunk's samples as Arrow, and the faults of the other rows."""
         faults: list[Fault] = []
         rows: list[int] = []
@@ -310,5 +297,5 @@ def _arrow(file: int, rows: list[int], records: list[Record], samples: list[Samp
 def _digest(record: Record) -> int:
     """Return 64 bits of a record's contents, its id aside: equal for exact duplicates."""
     contents = repr(([image[:4] for image in record.images], [tuple(turn) for turn in record.turns]))
-    digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int(struct.unpack("<Q", digest)[0])
+    digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
