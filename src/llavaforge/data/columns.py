@@ -1,7 +1,7 @@
 """Parquet and Arrow files: rows without their image bytes, and the bytes of one image.
 
 Comes in: a .parquet or .arrow file, as Hugging Face `datasets` writes them (`push_to_hub`, `save_to_disk`). Goes out:
-rows for `data/records.py`, and image bytes. Called by `data/readers.py` and `data/image_store.py`.
+rows for `data/records.py`, and image bytes.
 
 An image column is a struct {bytes, path}, a list of them, or plain bytes. An Arrow file is mapped, so any image is
 there at once. Parquet stores rows in groups that must be decoded whole: keep them small (`datasets` writes 100 images

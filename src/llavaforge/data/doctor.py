@@ -1,7 +1,6 @@
 """The doctor: finds what is wrong with data before it is trained on. Every record, every image, all cores.
 
-Comes in: the index of all data, and which of its rows are held out. Goes out: a `Diagnosis`. Called by
-`use/data_check.py`.
+Comes in: the index of all data, and which of its rows are held out. Goes out: a `Diagnosis`.
 
 Faults of records were found when the index was made (`data/prepare.py`). Here every image is decoded as training
 decodes it, and records are compared: duplicates, images with several captions, held-out records that are trained on.

@@ -1,7 +1,7 @@
 """From the bytes of an image file to an upright RGB image.
 
 Comes in: what `data/image_store.py` read. Goes out: an image for `data/preprocessing.py`, or an `ImageError` that says
-what is wrong with the file. Called by loader workers and the data doctor.
+what is wrong with the file.
 """
 
 import io

@@ -1,7 +1,6 @@
 """The tokenised data: memory-mapped Arrow files, built once, with random access to any sample.
 
-Comes in: an entry of a recipe's `data` list, or several. Goes out: a `SampleIndex`. Called by `train/run.py`,
-`use/evaluate.py` and the doctor.
+Comes in: an entry of a recipe's `data` list, or several. Goes out: a `SampleIndex`.
 
 One row:
 

@@ -1,7 +1,7 @@
 """A JSON list of any size, an element at a time, as text.
 
-Comes in: an open text file. Goes out: the text of each element, as it stands. Called by `data/readers.py`. Memory
-holds a piece of the file, or one element if that is longer.
+Comes in: an open text file. Goes out: the text of each element, as it stands. Memory holds a piece of the file,
+or one element if that is longer.
 """
 
 import json

@@ -1,7 +1,7 @@
 """From a data set to its index: parsed, checked and tokenised once, in parallel, into a memory-mapped Arrow file.
 
 Comes in: a `Source` and a `SampleBuilder`. Goes out: the path of the Arrow file, and the faults of the records that are
-not in it. Called by `data/index.py`.
+not in it.
 
 The file is found again by a fingerprint of all that it depends on. It appears by a rename once it is complete: an
 interrupted preparation is redone, and of two processes that want the same file one prepares and the other waits.
@@ -244,16 +244,17 @@ class _Worker:
                 rows.append(row)
             except RecordError as error:
                 faults.append(self._fault(error, chunk.file, row, id_of(raw)))
-        if self._builder is None:
-            samples = [Sample([], [], 0, num_images=len(record.images)) for record in records]
-            return _arrow(chunk.file, rows, records, samples), faults
-        made = list(zip(rows, records, self._builder.build_all(records), strict=True))
-        good = [(row, record, sample) for row, record, sample in made if isinstance(sample, Sample)]
-        for row, record, fault in made:
-            if isinstance(fault, RecordError):
-                faults.append(self._fault(fault, chunk.file, row, record.id))
+        results: list[Sample | RecordError] = [Sample([], [], 0, num_images=len(record.images)) for record in records]
+        if self._builder is not None:
+            results = self._builder.build_all(records)
+        good: list[tuple[int, Record, Sample]] = []
+        for row, record, result in zip(rows, records, results, strict=True):
+            if isinstance(result, RecordError):
+                faults.append(self._fault(result, chunk.file, row, record.id))
+            else:
+                good.append((row, record, result))
         faults.sort(key=lambda fault: fault.row)
-        return _arrow(chunk.file, *([list(column) for column in zip(*good, strict=True)] or [[], [], []])), faults
+        return _arrow(chunk.file, good), faults
 
     def record(self, raw: Any) -> Record:
         """Return a raw row as a record whose images are located.
@@ -271,27 +272,26 @@ class _Worker:
         return Fault(error.kind, self._names[file], row, id_, str(error), error.path)
 
 
-def _arrow(file: int, rows: list[int], records: list[Record], samples: list[Sample]) -> pa.RecordBatch:
-    columns = [
-        [record.id for record in records],
-        [file] * len(rows),
-        rows,
-        [
+def _arrow(file: int, samples: list[tuple[int, Record, Sample]]) -> pa.RecordBatch:
+    rows = [
+        {
+            "id": record.id,
+            "file": file,
+            "row": row,
             # Turns that were dropped to fit took their images along.
-            [image._asdict() for image in record.images[: sample.num_images]]
-            for record, sample in zip(records, samples, strict=True)
-        ],
-        [sample.ids for sample in samples],
-        [sample.supervised_spans for sample in samples],
-        [sample.length for sample in samples],
-        [sample.num_supervised for sample in samples],
-        [sample.num_turns_dropped for sample in samples],
-        [sample.num_tokens_cut for sample in samples],
-        [record.num_literals for record in records],
-        [_digest(record) for record in records],
+            "images": [image._asdict() for image in record.images[: sample.num_images]],
+            "ids": sample.ids,
+            "supervised_spans": sample.supervised_spans,
+            "length": sample.length,
+            "num_supervised": sample.num_supervised,
+            "num_turns_dropped": sample.num_turns_dropped,
+            "num_tokens_cut": sample.num_tokens_cut,
+            "num_literals": record.num_literals,
+            "digest": _digest(record),
+        }
+        for row, record, sample in samples
     ]
-    arrays = [pa.array(column, type=kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
 def _digest(record: Record) -> int:

@@ -1,8 +1,7 @@
 """The rows of a data file, a chunk at a time, whatever its kind; memory does not grow with the file.
 
-Comes in: a file found by `data/sources.py`. Goes out: chunks of raw rows with their numbers. Called by
-`data/prepare.py`, whose worker processes turn them into records. JSON rows stay text here: parsing them is the
-workers' part.
+Comes in: a file found by `data/sources.py`. Goes out: chunks of raw rows with their numbers. JSON rows
+stay text here: parsing them is the part of the worker processes.
 """
 
 import gzip

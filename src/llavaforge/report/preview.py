@@ -1,7 +1,7 @@
 """What `llavaforge data preview` shows, before it becomes a page or terminal text: samples as cards, packs as bars.
 
-Comes in: micro-batches of a plan, and the index. Goes out: a `Preview`. Called by `use/data_preview.py`, which gives it
-to `preview.html.jinja` and `report/terminal.py`.
+Comes in: micro-batches of a plan, and the index. Goes out: a `Preview`, for `preview.html.jinja` and
+`report/terminal.py`.
 """
 
 import base64

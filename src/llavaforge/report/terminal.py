@@ -1,6 +1,6 @@
 """A `Preview` as terminal text: the first samples in full, the micro-batches as bars of block characters.
 
-Comes in: a `Preview`. Goes out: text on a rich console. Called by `use/data_preview.py`.
+Comes in: a `Preview`. Goes out: text on a rich console.
 """
 
 from collections.abc import Iterator

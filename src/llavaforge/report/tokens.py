@@ -1,6 +1,6 @@
 r"""A sample's token ids as text for people, in the smallest groups of tokens that are whole characters.
 
-Comes in: ids of a row of the index. Goes out: `Piece`s in order. Called by `report/preview.py`.
+Comes in: ids of a row of the index. Goes out: `Piece`s in order.
 
     Piece(text="user", ids=(872,))  Piece("\n", (198,))  Piece("<image>", (151646,), num_image_tokens=576)
     Piece("é", (195, 169))          Piece("red", (1151,), is_supervised=True)
