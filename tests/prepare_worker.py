@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data.index.index import SampleIndex, open_index, prepare
+from llavaforge.data.index import prepare
+from llavaforge.data.index.index import SampleIndex, open_index
 from llavaforge.data.rows import readers
 
 

@@ -1,15 +1,15 @@
 """The tables of docs/scaling.md: memory per GPU and the share of communication, on paper, for the real model.
 
-Arithmetic, not measurement; `python -m bench.paper` prints the tables, a test compares the page with them. GB are 10^9
-bytes. What each engine holds is read from `engine/plain.py` and from DeepSpeed 0.19.8 (`runtime/bf16_optimizer.py`,
-`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`) with the shipped files, in bfloat16.
+Arithmetic, not measurement; `python -m bench.paper` prints the tables, for other networks and batches after a change of
+the constants below. GB are 10^9 bytes. What each engine holds is read from `engine/plain.py` and from DeepSpeed 0.19.8
+(`runtime/bf16_optimizer.py`, `runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`) with the shipped files,
+in bfloat16.
 """
 
 import functools
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -37,62 +37,30 @@ TABLE_LINK = "4 HDR adapters"
 _PAYS = 1.5  # times as fast on twice as many GPUs
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one process, activations not counted.
-
-    Attributes:
-        weights: in bfloat16.
-        gradients: accumulated in float32, and what lies beside them.
-        optimizer: float32 masters and AdamW's two moments.
-        backward: buffers while gradients arise: they stand beside the activations.
-        stepping: buffers between the last backward pass and the next forward pass, when there are no activations.
-        host: in the host's memory.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    backward: float
-    stepping: float
-    host: float = 0.0
-
-    @property
-    def peak(self) -> float:
-        """All that the GPU holds at the worst moment."""
-        return self.weights + self.gradients + self.optimizer + max(self.backward, self.stepping)
-
-
-def memory(engine: str, weights: Weights, num_gpus: int) -> Memory:
-    """Return what a process holds.
+def memory(engine: str, weights: Weights, num_gpus: int) -> float:
+    """Return the bytes that a process holds on its GPU at the worst moment, activations not counted.
 
     plain: weights 2 bytes; what learns: master 4, gradient 4, moments 8.
     zero1: of what learns, every process keeps the gradient twice (bfloat16 of the micro-step, float32 of the step);
-        before the reduction all of it is copied once more in float32 and once in bfloat16. Masters and moments dealt.
+        before the reduction, when the activations are gone, all of it is copied once more in float32 and once in
+        bfloat16. Masters and moments dealt.
     zero2: gradients dealt as well; two buckets of bfloat16 whatever the model's size (`overlap_comm`), a copy of one
-        to send, the largest gradient. AdamW makes one temporary tensor as large as a moment.
+        to send, the largest gradient. Later AdamW makes one temporary tensor as large as a moment.
     zero3: weights dealt as well, frozen ones too; up to `MAX_LIVE` of them are gathered.
-    offload: masters, moments and a gradient on the host (16 bytes), and 2 (ZeRO-2: bfloat16 weights on their way
-        back) or 4 (ZeRO-3: the accumulated gradient). ZeRO-2 accumulates its share of the gradient on the GPU.
+    offload: masters and moments on the host. ZeRO-2 accumulates its share of the gradient on the GPU.
     """
     learning, dealt = weights.learning, weights.learning / num_gpus
     whole, largest = 2.0 * weights.total, 2.0 * weights.largest
     buckets = 2.0 * (2 * _BUCKET + min(_BUCKET, learning)) + largest
     gathered = 2.0 * min(MAX_LIVE, weights.total) + largest
-    match engine:
-        case "plain":
-            return Memory(whole, 4 * learning, 12 * learning, largest, 0)
-        case "zero1":
-            return Memory(whole, 6 * learning, 12 * dealt, 0, 6 * learning)
-        case "zero2":
-            return Memory(whole, 4 * dealt, 12 * dealt, buckets, 4 * dealt)
-        case "zero3":
-            return Memory(whole / num_gpus, 4 * dealt, 12 * dealt, gathered, 4 * min(1e9, dealt))
-        case "zero2-offload":
-            return Memory(whole, 4 * dealt, 0, buckets + largest, 0, host=18 * dealt)
-        case "zero3-offload":
-            return Memory(whole / num_gpus, 0, 0, gathered, 0, host=20 * dealt)
-    raise ValueError(f"engine {engine!r}: one of plain, {', '.join(ENGINES)}")
+    return {
+        "plain": whole + 16 * learning + largest,
+        "zero1": whole + 6 * learning + 12 * dealt + 6 * learning,
+        "zero2": whole + 16 * dealt + max(buckets, 4 * dealt),
+        "zero3": whole / num_gpus + 16 * dealt + max(gathered, 4 * min(1e9, dealt)),
+        "zero2-offload": whole + 4 * dealt + buckets + largest,
+        "zero3-offload": whole / num_gpus + gathered,
+    }[engine]
 
 
 def activations(train_type: str) -> float:
@@ -126,38 +94,25 @@ def real_model(train_type: str) -> tuple[Weights, float]:
     return Weights.of(model, 10 * size.width, gradient_checkpointing=True), flops
 
 
-def compute_s(train_type: str, batch: int, num_gpus: int) -> float:
-    """Return the seconds of computing per step."""
-    return real_model(train_type)[1] * batch / num_gpus / (PEAK_FLOPS * MFU)
-
-
-def communication_s(train_type: str, stage: int, batch: int, num_gpus: int, node_bytes_per_s: float) -> float:
-    """Return the seconds of communication per step, if nothing overlaps.
+def step_s(stage: int, batch: int, num_gpus: int, node_bytes_per_s: float) -> tuple[float, float]:
+    """Return the seconds of communication and of computing per step of `freeze_vision`, if nothing overlaps.
 
     A ring enters and leaves a node once, and NCCL lays several rings, one over each adapter: what one GPU sends in
     all rings together crosses each border between nodes once, over all adapters of the node.
     """
+    weights, flops = real_model("freeze_vision")
     micro_steps = math.ceil(batch / num_gpus / MICRO_BATCH)
-    sent = sum(formula(stage, real_model(train_type)[0], num_gpus, micro_steps, 2).values())
-    return sent / (NVLINK if num_gpus <= GPUS_PER_NODE else min(NVLINK, node_bytes_per_s))
+    sent = sum(formula(stage, weights, num_gpus, micro_steps, 2).values())
+    speed = NVLINK if num_gpus <= GPUS_PER_NODE else min(NVLINK, node_bytes_per_s)
+    return sent / speed, flops * batch / num_gpus / (PEAK_FLOPS * MFU)
 
 
-def share(train_type: str, stage: int, batch: int, num_gpus: int, node_bytes_per_s: float) -> float:
-    """Return communication's share of a step."""
-    talking = communication_s(train_type, stage, batch, num_gpus, node_bytes_per_s)
-    return talking / (talking + compute_s(train_type, batch, num_gpus))
-
-
-def pays_up_to(train_type: str, stage: int, batch: int, node_bytes_per_s: float) -> int:
+def pays_up_to(stage: int, batch: int, node_bytes_per_s: float) -> int:
     """Return the number of GPUs up to which every doubling makes a step at least 1.5 times as fast."""
-
-    def seconds(num_gpus: int) -> float:
-        talking = communication_s(train_type, stage, batch, num_gpus, node_bytes_per_s)
-        return talking + compute_s(train_type, batch, num_gpus)
-
     best = NUM_GPUS[0]
     for num_gpus in NUM_GPUS[1:]:
-        if num_gpus > batch or seconds(best) < _PAYS * seconds(num_gpus):
+        before, after = (sum(step_s(stage, batch, n, node_bytes_per_s)) for n in (best, num_gpus))
+        if num_gpus > batch or before < _PAYS * after:
             break
         best = num_gpus
     return best
@@ -170,7 +125,7 @@ def memory_table() -> Iterator[str]:
     yield f"| engine | GPUs | {' | '.join(TRAIN_TYPES)} |"
     yield "|---|--:|" + "--:|" * len(TRAIN_TYPES)
     for engine, number in rows:
-        cells = [f"{memory(engine, real_model(kind)[0], number).peak / 1e9:.0f}" for kind in TRAIN_TYPES]
+        cells = [f"{memory(engine, real_model(kind)[0], number) / 1e9:.0f}" for kind in TRAIN_TYPES]
         yield f"| {engine} | {number} | {' | '.join(cells)} |"
 
 
@@ -180,10 +135,9 @@ def share_table() -> Iterator[str]:
     yield "|--:|---|" + "--:|" * len(NUM_GPUS)
     for batch in (128, 1024):
         for stage in (1, 2, 3):
-            shares = [
-                f"{share('freeze_vision', stage, batch, n, LINKS[TABLE_LINK]):.0%}" if n <= batch else "-"
-                for n in NUM_GPUS
-            ]
+            steps = [step_s(stage, batch, num_gpus, LINKS[TABLE_LINK]) for num_gpus in NUM_GPUS if num_gpus <= batch]
+            shares = [f"{talking / (talking + computing):.0%}" for talking, computing in steps]
+            shares += ["-"] * (len(NUM_GPUS) - len(shares))
             yield f"| {batch} | ZeRO-{stage} | {' | '.join(shares)} |"
 
 
@@ -193,10 +147,11 @@ def pays_table() -> Iterator[str]:
     yield "| a node of 8 GPUs has | " + " | ".join(f"{batch}, ZeRO-{stage}" for batch, stage in cases) + " |"
     yield "|---|" + "--:|" * len(cases)
     for link, speed in LINKS.items():
-        cells = [str(pays_up_to("freeze_vision", stage, batch, speed)) for batch, stage in cases]
+        cells = [str(pays_up_to(stage, batch, speed)) for batch, stage in cases]
         yield f"| {link} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
     tables = ("\n".join(table()) for table in (memory_table, share_table, pays_table))
-    sys.stdout.write("\n\n".join(tables) + "\n")
+    sys.stdout.write("\n\n".join(tables) + "\n\nactivations: ")
+    sys.stdout.write(", ".join(f"{kind} {activations(kind) / 1e9:.0f} GB" for kind in TRAIN_TYPES[2:]) + "\n")

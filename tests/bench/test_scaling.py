@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from bench.parts import text_config, vision_config
+from bench.scaling.paper import real_model
 from bench.scaling.processes import ProcessFailed, run
-from bench.scaling.run import SCALED, main
+from bench.scaling.run import REAL_PARAMETERS, SCALED, main
 from bench.scaling.wire import Weights, formula, gloo_bytes, ring_bytes
 from bench.scenarios import SIZES
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -109,6 +110,12 @@ def test_what_zero_3_gathers() -> None:
     assert weights("use_lora").recomputed == 0
     assert weights("use_lora", gradient_checkpointing=True).recomputed == body
     assert weights("freeze_vision", gradient_checkpointing=True).recomputed == 0
+
+
+def test_the_real_models_counts() -> None:
+    weights, _ = real_model("freeze_vision")
+    assert weights.total == REAL_PARAMETERS
+    assert weights.learning == 3_950_369_280 + 9_180_160  # Qwen1.5-4B and the projector
 
 
 def test_formulas_by_hand() -> None:

@@ -137,7 +137,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     found = np.array(colors(decode(data, "a"), 16), dtype=int)
     np.testing.assert_allclose(found, UPRIGHT[orientation], atol=0 if kind in ("PNG", "WEBP", "TIFF") else 2)
     facts = inspect(data)
-    assert (facts.height, facts.width, facts.orientation) == (found.shape[0] * 16, found.shape[1] * 16, orientation)
+    assert (facts.height, facts.width) == (found.shape[0] * 16, found.shape[1] * 16)
 
 
 @pytest.mark.parametrize("value", [0, 9, 700])
@@ -258,7 +258,7 @@ def test_a_clear_gif_is_white_where_it_is_clear() -> None:
 
 @pytest.mark.parametrize("kind", images.FORMATS)
 def test_each_format_is_told_by_content(kind: str) -> None:
-    assert inspect(as_file(picture(30, 20), kind)) == ImageFacts(kind, 30, 20, "P" if kind == "GIF" else "RGB", 1)
+    assert inspect(as_file(picture(30, 20), kind)) == ImageFacts(kind, 30, 20)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 2)])
@@ -338,8 +338,8 @@ def test_kinds_are_those_that_the_doctor_counts() -> None:
 
 
 def test_a_header_is_read_without_the_pixels() -> None:
-    assert inspect(JPEG[:900]) == ImageFacts("JPEG", 64, 64, "RGB", 1)
-    assert inspect(PNG[:900]) == ImageFacts("PNG", 64, 64, "RGB", 1)
+    assert inspect(JPEG[:900]) == ImageFacts("JPEG", 64, 64)
+    assert inspect(PNG[:900]) == ImageFacts("PNG", 64, 64)
     for fault in ("html", "floats", "too narrow", "over our bound"):
         with pytest.raises(FAULTS[fault][1], match=r"^some\.jpg: "):
             inspect(FAULTS[fault][0], "some.jpg")

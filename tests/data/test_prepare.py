@@ -23,7 +23,8 @@ import pytest
 from tokenizers import normalizers
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data.index.index import SampleIndex, open_index, open_sound_index, prepare
+from llavaforge.data.index import prepare
+from llavaforge.data.index.index import SampleIndex, open_index, open_sound_index
 from llavaforge.data.rows.records import Record, Turn
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel

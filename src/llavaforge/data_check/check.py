@@ -10,10 +10,12 @@ Comes in: data as in a recipe, and the model it is for. Goes out: the findings o
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
@@ -29,6 +31,8 @@ from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, load_without_weights
 from llavaforge.model.trainable import set_trainable
 from llavaforge.report.page import render
+
+Mask = npt.NDArray[np.bool_]
 
 _EXAMPLES_SHOWN, _EXAMPLES_IN_REPORT = 3, 20
 
@@ -55,7 +59,7 @@ def data_check(config: DataCheckConfig) -> dict[str, Any]:
     if config.quarantine is not None:
         _write_quarantine(config.quarantine, found.errors)
     return {
-        "num_records": sum(len(part) + len(part.faults) for part in index.parts),
+        "num_records": index.num_records,
         "num_images": int(index.num_images.sum()),
         "num_errors": sum(errors.values()),
         "num_warnings": sum(warnings.values()),
@@ -67,16 +71,14 @@ def data_check(config: DataCheckConfig) -> dict[str, Any]:
     }
 
 
-def _open(
-    config: DataCheckConfig, loaded: LoadedModel | None
-) -> tuple[SampleIndex, np.ndarray[Any, np.dtype[np.bool_]]]:
+def _open(config: DataCheckConfig, loaded: LoadedModel | None) -> tuple[SampleIndex, Mask]:
     """Return all data, and for each row whether it is held out."""
     processor, num_image_tokens = (loaded.processor, loaded.num_image_tokens) if loaded is not None else (None, 0)
     entries = list(config.entries)
     entries += config.eval_entries
     index = open_index(entries, processor, num_image_tokens, config)
     for part in index.parts:
-        refuse([], len(part) + len(part.faults), part.source.name)
+        refuse([], part.num_records, part.source.name)
     held_out = np.zeros(len(index), dtype=bool)
     if config.eval_entries:
         held_out[index.starts[len(config.entries)] :] = True
@@ -86,17 +88,15 @@ def _open(
 
 
 def _outlook(
-    config: DataCheckConfig,
-    loaded: LoadedModel | None,
-    index: SampleIndex,
-    held_out: np.ndarray[Any, np.dtype[np.bool_]],
+    config: DataCheckConfig, loaded: LoadedModel | None, index: SampleIndex, held_out: Mask
 ) -> Forecast | None:
     """Return what an epoch on these records would be; None without a model, or without a sound record."""
     if loaded is None or held_out.all():
         return None
-    rows: list[Rows] = []
-    for first, last in zip(index.starts, index.starts[1 : len(config.entries) + 1], strict=False):
-        rows.append(first + np.flatnonzero(~held_out[first:last]))
+    rows: list[Rows] = [
+        first + np.flatnonzero(~held_out[first:last])
+        for first, last in pairwise(index.starts[: len(config.entries) + 1])
+    ]
     if not all(len(mine) for mine in rows):  # the findings say why
         return None
     mixture = mix(config.entries, rows, config.seed)
@@ -127,8 +127,7 @@ def _show(found: Diagnosis) -> None:
 def _summarize(config: DataCheckConfig, index: SampleIndex, outlook: Forecast | None) -> None:
     """Print what was looked at, and what was not."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    num_records = sum(len(part) + len(part.faults) for part in index.parts)
-    looked_at = f"{num_records:,} records, {int(index.num_images.sum()):,} images"
+    looked_at = f"{index.num_records:,} records, {int(index.num_images.sum()):,} images"
     if outlook is not None:
         looked_at += f"; an epoch: {outlook.tokens_per_epoch:,} tokens, {outlook.steps_per_epoch:,} steps"
     console.print(looked_at)
@@ -148,7 +147,7 @@ def _by_kind(found: Diagnosis) -> Iterable[tuple[str, int, list[Finding]]]:
 def _write_report(
     config: DataCheckConfig,
     index: SampleIndex,
-    held_out: np.ndarray[Any, np.dtype[np.bool_]],
+    held_out: Mask,
     found: Diagnosis,
     outlook: Forecast | None,
 ) -> None:
@@ -156,14 +155,9 @@ def _write_report(
     config.report.mkdir(parents=True, exist_ok=True)
     with (config.report / "findings.jsonl").open("w") as file:
         for finding in (*found.errors, *found.warnings):
-            fault = asdict(finding.fault)
-            told = {
-                "kind": fault.pop("kind"),
-                "severity": KINDS[finding.fault.kind].severity,
-                "source": finding.source,
-                "record": finding.fault.where,
-            }
-            file.write(json.dumps(told | fault) + "\n")
+            kind, where = finding.fault.kind, finding.fault.where
+            told = {"kind": kind, "severity": KINDS[kind].severity, "source": finding.source, "record": where}
+            file.write(json.dumps(told | asdict(finding.fault)) + "\n")
     kinds = [(kind, KINDS[kind], count, examples[:_EXAMPLES_IN_REPORT]) for kind, count, examples in _by_kind(found)]
     page = render(
         Path(__file__).parent / "check.html.jinja",
@@ -178,14 +172,12 @@ def _write_report(
     (config.report / "report.html").write_text(page, encoding="utf-8")
 
 
-def _facts(
-    config: DataCheckConfig, index: SampleIndex, held_out: np.ndarray[Any, np.dtype[np.bool_]]
-) -> dict[str, str]:
+def _facts(config: DataCheckConfig, index: SampleIndex, held_out: Mask) -> dict[str, str]:
     return {
         "data": ", ".join(part.source.name for part in index.parts),
         "model": config.model_name_or_path or "none given: tokens and labels were not checked",
         "prompt style": config.prompt_style,
-        "records": f"{sum(len(part) + len(part.faults) for part in index.parts):,}",
+        "records": f"{index.num_records:,}",
         "held out": f"{int(held_out.sum()):,}",
         "images": f"{int(index.num_images.sum()):,}" + ("" if config.check_images else " (not decoded)"),
         "text-only records": f"{int((index.num_images == 0).sum()):,}",
@@ -197,9 +189,8 @@ def _facts(
 def _charts(config: DataCheckConfig, index: SampleIndex, found: Diagnosis) -> list[Any]:
     charts = []
     if config.model_name_or_path is not None:
-        marks = {"max_length": float(config.max_length)}
         charts += [
-            histogram(index.lengths, "Length of samples, image tokens included", "tokens", marks=marks),
+            histogram(index.lengths, "Length of samples, image tokens included", "tokens", config.max_length),
             histogram(index.num_supervised, "Supervised tokens per sample", "tokens"),
         ]
     sizes = found.image_sizes[found.image_sizes[:, 0] > 0]

@@ -7,7 +7,6 @@ decodes it, and records are compared: duplicates, images with several captions, 
 """
 
 import hashlib
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,7 +115,7 @@ class _Decoder:
         digest = 0
         try:
             data = store.read(ref)
-            digest = struct.unpack("<q", hashlib.blake2b(data, digest_size=8).digest())[0]
+            digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
             image = decode(data, store.name(ref))
         except (RecordError, ImageError) as error:
             return _Seen(digest, 0, 0, (error.kind, str(error)))
@@ -134,7 +133,7 @@ def _decode_all(
     sizes = np.zeros((len(first), 2), dtype=np.int64)
     faults: dict[int, tuple[str, str]] = {}
     place = 0
-    with Bar("decoding", "images", quiet) as bar:
+    with Bar("decoding images", quiet) as bar:
         for seen in _results(decoder, index, starts, row_of_image, first):
             # What cannot be read has no contents to compare: it is like nothing but itself.
             digests[place] = seen.digest or keys[first[place]]
@@ -142,7 +141,8 @@ def _decode_all(
             if seen.fault is not None:
                 faults[int(keys[first[place]])] = seen.fault
             place += 1
-            bar.update(place, place / len(first))
+            share = place / len(first)
+            bar.update(share, f"decoding: {place} images, {100 * share:.0f} %, ")
     found.image_sizes = sizes
     if faults:
         for at in np.flatnonzero(np.isin(keys, list(faults))):

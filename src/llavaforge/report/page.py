@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from llavaforge.report.glyphs import glyphs
 
@@ -33,11 +32,6 @@ def render(template: Path, **values: Any) -> str:
         jinja2.UndefinedError: the template wants a value that is not given.
     """
     return _environment(template.parent).get_template(template.name).render(**values)
-
-
-def fragment(template: Path, **values: Any) -> Markup:
-    """Render a template as a part of another page, which will not escape it again."""
-    return Markup(render(template, **values))
 
 
 def count(number: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: metrics.jsonl, a progress bar, a loss curve, and honest speed.
+"""What a run shows while it goes: metrics.jsonl, a loss curve, and honest speed.
 
 Comes in: counts per step. Goes out: `output_dir/metrics.jsonl`, `loss.png`, lines on stderr. One line of metrics.jsonl:
 
@@ -8,22 +8,17 @@ Comes in: counts per step. Goes out: `output_dir/metrics.jsonl`, `loss.png`, lin
 
 import json
 import logging
-import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 _SMALL_PRODUCT, _SLOW_FLOPS = 256, 2e9
-_LINE_EVERY_S = 10.0  # without a terminal: a log line this often instead of a bar
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12}
@@ -53,48 +48,6 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             logger.warning("%s: left out an incomplete line", path)
     return lines
-
-
-class ProgressBar:
-    """Loss, tokens per second and time left; a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self, num_steps: int, start_step: int, quiet: bool) -> None:
-        self._quiet = quiet
-        self._num_steps = num_steps
-        self._last_line = 0.0
-        self._begin, self._start_step = time.monotonic(), start_step
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[tokens_per_s]:,.0f} tokens/s  left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet or not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("", total=num_steps, completed=start_step, loss=0.0, tokens_per_s=0.0)
-
-    def __enter__(self) -> "ProgressBar":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def update(self, step: int, loss: float, tokens_per_s: float, eval_loss: float | None = None) -> None:
-        """Show the state after `step` steps."""
-        if eval_loss is not None and not self._quiet:
-            logger.info("step %d/%d  held-out loss %.4f", step, self._num_steps, eval_loss)
-        self._bar.update(self._task, completed=step, loss=loss, tokens_per_s=tokens_per_s)
-        now = time.monotonic()
-        if self._bar.disable and not self._quiet and (now - self._last_line > _LINE_EVERY_S or step == self._num_steps):
-            self._last_line = now
-            left = (now - self._begin) / max(1, step - self._start_step) * (self._num_steps - step)
-            logger.info(
-                "step %d/%d  loss %.3f  %.0f tokens/s  %.0f s left", step, self._num_steps, loss, tokens_per_s, left
-            )
 
 
 def draw_curve(output_dir: Path) -> None:

@@ -69,12 +69,12 @@ def _sound(
     index = open_index(entries, loaded.processor, loaded.num_image_tokens, config, quiet)
     rows, faults = without_quarantined(index, config.quarantine)
     if config.quarantine is not None and not quiet:
-        num_left_out = sum(len(part) + len(part.faults) for part in index.parts)
+        num_left_out = index.num_records
         num_left_out -= sum(map(len, rows)) + sum(map(len, faults))
         logger.info("%s leaves out %d records", config.quarantine, num_left_out)
     for part, mine in zip(index.parts, faults, strict=True):
         if config.on_bad_sample == "stop":
-            refuse(mine, len(part) + len(part.faults), part.source.name)
+            refuse(mine, part.num_records, part.source.name)
             refuse_missing(part)
     left_out = [fault for mine in faults for fault in mine]
     accept(" and ".join(part.source.name for part in index.parts), left_out, config.max_bad_samples)

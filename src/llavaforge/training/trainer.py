@@ -29,9 +29,10 @@ from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group, learning_rate
+from llavaforge.progress import Bar
 from llavaforge.training.bad_samples import BadSamples
 from llavaforge.training.contract import STEPS_BEFORE_PROOF, Contract, show_groups, show_sample
-from llavaforge.training.metrics import MetricsFile, ProgressBar, draw_curve, peak_flops
+from llavaforge.training.metrics import MetricsFile, draw_curve, peak_flops
 from llavaforge.training.opening import HeldOut
 from llavaforge.training.schedule import rate_factor, warmup
 from llavaforge.training.signals import StopRequest
@@ -120,7 +121,7 @@ class Trainer:
         order = plan.iterate(world.rank, self._state.step)
         with (
             loading(self._dataset(self._index), order, config.dataloader_num_workers, self._pins()) as packs,
-            ProgressBar(plan.num_steps, self._state.step, quiet=not world.is_writer) as bar,
+            Bar("training", not world.is_writer, self._state.step / max(1, plan.num_steps), log_ends=True) as bar,
             open_tracker(config.report_to if world.is_writer else "none", config.output_dir) as tracker,
         ):
             while self._state.step < plan.num_steps:
@@ -133,7 +134,7 @@ class Trainer:
                 if self._held_out is not None and (self._is_due(config.eval_steps) or self._is_last()):
                     line["eval_loss"] = self._state.eval_loss = self._evaluate()
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
-                    bar.update(line["step"], line["loss"], line["tokens_per_s"], line.get("eval_loss"))
+                    self._show(bar, line)
                     tracker(line)
                     if writer is not None:
                         writer.write(**line)
@@ -177,6 +178,13 @@ class Trainer:
             "num_supervised": num_supervised,
             "spread": packs[0].source.spread,
         }
+
+    def _show(self, bar: Bar, line: dict[str, Any]) -> None:
+        place = f"step {line['step']}/{self._plan.num_steps}"
+        if self._world.is_writer and "eval_loss" in line:
+            logger.info("%s  held-out loss %.4f", place, line["eval_loss"])
+        share = line["step"] / self._plan.num_steps
+        bar.update(share, f"{place}  loss {line['loss']:.3f}  {line['tokens_per_s']:.0f} tokens/s  ")
 
     def _at(self, what: str) -> None:
         self._world.at(f"step {self._state.step + 1}: {what}", timed=True)

@@ -132,14 +132,18 @@ class IndexPart:
         for batch in self._batches:
             name, container, offset, size, _ = batch.column("images").values.flatten()
             place_ = [pa.compute.cast(column, pa.string()) for column in (offset, size)]
-            in_file = pa.compute.binary_join_element_wise(
-                real.take(pa.compute.max_element_wise(container, 0)), *place_, "#"
-            )
+            file = real.take(pa.compute.max_element_wise(container, 0))
+            in_file = pa.compute.binary_join_element_wise(file, *place_, "#")
             by_name = pa.compute.binary_join_element_wise(real[0], _without_detours(name), "/")
             inline = pa.compute.starts_with(name, "data:")
             named = pa.compute.if_else(inline, name, by_name)
             chunks.append(pa.compute.if_else(pa.compute.greater_equal(container, first_file), in_file, named))
         return pa.chunked_array(chunks, type=pa.string())
+
+    @property
+    def num_records(self) -> int:
+        """Sound and faulty records together."""
+        return len(self) + len(self.faults)
 
     def numbers(self, column: str) -> npt.NDArray[Any]:
         """Return a whole column of numbers."""
@@ -212,6 +216,11 @@ class SampleIndex:
         """Images per sample."""
         counts = [pa.compute.list_value_length(part.table.column("images")).to_numpy() for part in self.parts]
         return np.concatenate(counts).astype(np.int64)
+
+    @property
+    def num_records(self) -> int:
+        """Sound and faulty records together."""
+        return sum(part.num_records for part in self.parts)
 
     @property
     def fingerprint(self) -> str:
@@ -288,7 +297,7 @@ def open_sound_index(
     """
     index = open_index(data, processor, num_image_tokens, options)
     for part in index.parts:
-        refuse(part.faults, len(part) + len(part.faults), part.source.name)
+        refuse(part.faults, part.num_records, part.source.name)
         refuse_missing(part)
     return index
 

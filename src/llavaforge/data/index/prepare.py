@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, count, islice, takewhile
@@ -43,14 +42,8 @@ _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a proce
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
 _BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
 _LARGE_GROUP = 64_000_000  # bytes of images in a row group of Parquet
-_IMAGE = pa.struct(
-    [
-        ("name", pa.string()),
-        ("container", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("crc", pa.int64()),
-    ]
+_IMAGE = pa.struct(  # an `ImageRef`
+    {"name": pa.string(), "container": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "crc": pa.int64()}
 )
 SCHEMA = pa.schema(
     [
@@ -161,15 +154,16 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
             pa.OSFile(str(data), "wb") as file,
             pa.ipc.new_file(file, SCHEMA) as writer,
             faults.open("w") as fault_file,
-            Bar(f"preparing {source.name}", "records", quiet) as bar,
+            Bar(f"preparing {source.name}", quiet) as bar,
         ):
             gathered: list[pa.RecordBatch] = []
             for share, batch, found in _encoded(source, worker):
                 fault_file.writelines(json.dumps(asdict(fault)) + "\n" for fault in found)
                 gathered.append(batch)
                 num_records += batch.num_rows + len(found)
-                bar.update(num_records, share)
-                if sum(one.num_rows for one in gathered) >= _ROWS_PER_BATCH or _size(gathered) >= _BYTES_PER_BATCH:
+                bar.update(share, f"preparing {source.name}: {num_records} records, {100 * share:.0f} %, ")
+                num_rows, num_bytes = sum(one.num_rows for one in gathered), sum(one.nbytes for one in gathered)
+                if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
                     writer.write_batch(_joined(gathered))
                     gathered = []
             if gathered:
@@ -197,10 +191,6 @@ def _warn_of_large_groups(source: Source) -> None:
             return
 
 
-def _size(batches: Sequence[pa.RecordBatch]) -> int:
-    return sum(batch.nbytes for batch in batches)
-
-
 def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     table = pa.Table.from_batches(batches).combine_chunks()
     joined = table.to_batches() or batches[:1]
@@ -210,9 +200,6 @@ def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 def _faults_file(path: Path) -> Path:
     return path.with_suffix(".faults.jsonl")
-
-
-_Encoded = tuple[pa.RecordBatch, list[Fault]]
 
 
 def _encoded(source: Source, worker: "_Worker") -> Iterator[tuple[float, pa.RecordBatch, list[Fault]]]:
@@ -247,7 +234,7 @@ class _Worker:
         self._builder, self._images, self._format = builder, source.images, source.entry.format
         self._names = source.file_names
 
-    def __call__(self, chunk: Chunk) -> _Encoded:
+    def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, list[Fault]]:
         """Return a chunk's samples as Arrow, and the faults of the other rows."""
         faults: list[Fault] = []
         rows: list[int] = []
@@ -259,16 +246,17 @@ class _Worker:
                 rows.append(row)
             except RecordError as error:
                 faults.append(self._fault(error, chunk.file, row, id_of(raw)))
-        if self._builder is None:
-            samples = [Sample([], [], 0, num_images=len(record.images)) for record in records]
-            return _arrow(chunk.file, rows, records, samples), faults
-        made = list(zip(rows, records, self._builder.build_all(records), strict=True))
-        good = [(row, record, sample) for row, record, sample in made if isinstance(sample, Sample)]
-        for row, record, fault in made:
-            if isinstance(fault, RecordError):
-                faults.append(self._fault(fault, chunk.file, row, record.id))
+        results: list[Sample | RecordError] = [Sample([], [], 0, num_images=len(record.images)) for record in records]
+        if self._builder is not None:
+            results = self._builder.build_all(records)
+        good: list[tuple[int, Record, Sample]] = []
+        for row, record, result in zip(rows, records, results, strict=True):
+            if isinstance(result, RecordError):
+                faults.append(self._fault(result, chunk.file, row, record.id))
+            else:
+                good.append((row, record, result))
         faults.sort(key=lambda fault: fault.row)
-        return _arrow(chunk.file, *([list(column) for column in zip(*good, strict=True)] or [[], [], []])), faults
+        return _arrow(chunk.file, good), faults
 
     def record(self, raw: Any) -> Record:
         """Return a raw row as a record whose images are located.
@@ -286,31 +274,30 @@ class _Worker:
         return Fault(error.kind, self._names[file], row, id_, str(error), error.path)
 
 
-def _arrow(file: int, rows: list[int], records: list[Record], samples: list[Sample]) -> pa.RecordBatch:
-    columns = [
-        [record.id for record in records],
-        [file] * len(rows),
-        rows,
-        [
+def _arrow(file: int, samples: list[tuple[int, Record, Sample]]) -> pa.RecordBatch:
+    rows = [
+        {
+            "id": record.id,
+            "file": file,
+            "row": row,
             # Turns that were dropped to fit took their images along.
-            [image._asdict() for image in record.images[: sample.num_images]]
-            for record, sample in zip(records, samples, strict=True)
-        ],
-        [sample.ids for sample in samples],
-        [sample.supervised_spans for sample in samples],
-        [sample.length for sample in samples],
-        [sample.num_supervised for sample in samples],
-        [sample.num_turns_dropped for sample in samples],
-        [sample.num_tokens_cut for sample in samples],
-        [record.num_literals for record in records],
-        [_digest(record) for record in records],
+            "images": [image._asdict() for image in record.images[: sample.num_images]],
+            "ids": sample.ids,
+            "supervised_spans": sample.supervised_spans,
+            "length": sample.length,
+            "num_supervised": sample.num_supervised,
+            "num_turns_dropped": sample.num_turns_dropped,
+            "num_tokens_cut": sample.num_tokens_cut,
+            "num_literals": record.num_literals,
+            "digest": _digest(record),
+        }
+        for row, record, sample in samples
     ]
-    arrays = [pa.array(column, type=kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
 def _digest(record: Record) -> int:
     """Return 64 bits of a record's contents, its id aside: equal for exact duplicates."""
     contents = repr(([image[:4] for image in record.images], [tuple(turn) for turn in record.turns]))
-    digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int(struct.unpack("<Q", digest)[0])
+    digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")

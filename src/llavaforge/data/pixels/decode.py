@@ -79,16 +79,11 @@ class TruncatedImage(ImageError):
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a header says. `width` and `height` are those of the upright image; `mode` is Pillow's.
-
-    `orientation` is the EXIF value, 1 (upright) to 8.
-    """
+    """What a header says. `width` and `height` are those of the upright image."""
 
     format: str
     width: int
     height: int
-    mode: str
-    orientation: int
 
 
 def inspect(data: bytes, name: str = "image") -> ImageFacts:
@@ -98,11 +93,10 @@ def inspect(data: bytes, name: str = "image") -> ImageFacts:
         ImageError: as `decode` does, for what a header shows.
     """
     with _opened(data, name) as image:
-        orientation = _orientation(image)
         width, height = image.size
-        if orientation >= 5 and image.format != "TIFF":  # Pillow turns the size of a TIFF when it opens it
+        if _orientation(image) >= 5 and image.format != "TIFF":  # Pillow turns the size of a TIFF when it opens it
             width, height = height, width
-        return ImageFacts(str(image.format), width, height, image.mode, orientation)
+        return ImageFacts(str(image.format), width, height)
 
 
 def decode(data: bytes, name: str) -> Image.Image:

@@ -9,10 +9,12 @@ import io
 import json
 import posixpath
 import re
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -73,7 +75,7 @@ def read_chunks(path: Path, file: int, size: int) -> Iterator[Chunk]:
             rows.append(row)
             raws.append(raw)
             if len(rows) == size:
-                yield Chunk(file, rows, raws, progress())
+                yield Chunk(file, rows, raws, progress(row))
                 rows, raws = [], []
     if rows:
         yield Chunk(file, rows, raws, 1.0)
@@ -98,34 +100,22 @@ def is_json_lines(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path, container: int) -> Iterator[tuple[Iterator[tuple[int, Any]], Callable[[], float]]]:
-    """Open a data file; gives its numbered rows, and a function that tells how much of it was read."""
+def _opened(path: Path, container: int) -> Iterator[tuple[Iterator[tuple[int, Any]], Callable[[int], float]]]:
+    """Open a data file; gives its numbered rows, and how much of it is read by a row, from 0 to 1."""
     size = max(1, path.stat().st_size)
     try:
         with open(path, "rb") as file:
             if path.suffix in columns.SUFFIXES:
-                yield _counted(columns.read_rows(path, container, FIELDS, _CONVERSATIONS), columns.num_rows(path))
+                num_rows = columns.num_rows(path)
+                yield columns.read_rows(path, container, FIELDS, _CONVERSATIONS), lambda row: (row + 1) / num_rows
             elif path.suffix == ".tar":
-                yield enumerate(_tar_rows(path, file, container)), lambda: file.tell() / size
+                yield enumerate(_tar_rows(path, file, container)), lambda _: file.tell() / size
             else:
-                yield _text_rows(path, file), lambda: file.tell() / size
+                yield _text_rows(path, file), lambda _: file.tell() / size
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from None
     except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}). Download it again.") from None
-
-
-def _counted(pairs: Iterator[tuple[int, Any]], total: int) -> tuple[Iterator[tuple[int, Any]], Callable[[], float]]:
-    """Return numbered rows, and a function that tells how much of them was read."""
-    last = -1
-
-    def counted() -> Iterator[tuple[int, Any]]:
-        nonlocal last
-        for pair in pairs:
-            last = pair[0]
-            yield pair
-
-    return counted(), lambda: (last + 1) / max(total, 1)
 
 
 def _text_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -155,45 +145,33 @@ def _decoded(path: Path, file: BinaryIO) -> IO[str]:
         return io.TextIOWrapper(gzip.GzipFile(fileobj=file), encoding="utf-8-sig")
     if path.suffix == ".zst":
         stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
-        return io.TextIOWrapper(io.BufferedReader(_Raw(stream)), encoding="utf-8-sig")
+        return io.TextIOWrapper(stream, encoding="utf-8-sig")
     return io.TextIOWrapper(file, encoding="utf-8-sig")
-
-
-class _Raw(io.RawIOBase):
-    """A stream of pyarrow as Python's own."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _tar_rows(path: Path, file: BinaryIO, container: int) -> Iterator[Any]:
     """Yield the samples of a WebDataset tar: members in a row that share a name up to its first dot."""
     opened = archives.OpenFile(path)  # its reads leave the place of `file`
-    key: str | None = None
-    members: list[tuple[str, ImageRef | bytes]] = []
-    for member in archives.tar_members(path, file):
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        folder, base = posixpath.split(name)
-        stem, _, extension = base.partition(".")
-        if posixpath.join(folder, stem) != key:
-            if key is not None and members:
-                yield _tar_row(key, members)
-            key, members = posixpath.join(folder, stem), []
-        extension = extension.lower()
-        if extension.rsplit(".", 1)[-1] in _IMAGE_MEMBERS:
-            members.append((extension, ImageRef(name, container, member.offset_data, member.size)))
-        elif extension == "json" or extension in _TEXT_MEMBERS:
-            members.append((extension, archives.read_at(opened, member.offset_data, member.size)))
-    if key is not None and members:
-        yield _tar_row(key, members)
+    for key, group in groupby(archives.tar_members(path, file), lambda member: _key_and_extension(member)[0]):
+        members: list[tuple[str, ImageRef | bytes]] = []
+        for member in group:
+            extension = _key_and_extension(member)[1]
+            if extension.rsplit(".", 1)[-1] in _IMAGE_MEMBERS:
+                members.append((extension, ImageRef(_name(member), container, member.offset_data, member.size)))
+            elif extension == "json" or extension in _TEXT_MEMBERS:
+                members.append((extension, archives.read_at(opened, member.offset_data, member.size)))
+        if members:
+            yield _tar_row(key, members)
+
+
+def _name(member: tarfile.TarInfo) -> str:
+    return member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _key_and_extension(member: tarfile.TarInfo) -> tuple[str, str]:
+    folder, base = posixpath.split(_name(member))
+    stem, _, extension = base.partition(".")
+    return posixpath.join(folder, stem), extension.lower()
 
 
 def _tar_row(key: str, members: Sequence[tuple[str, ImageRef | bytes]]) -> Any:

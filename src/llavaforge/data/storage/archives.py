@@ -3,8 +3,7 @@
 Comes in: an archive. Goes out: `Members`, and the bytes of a member. Nothing is unpacked, and names inside an archive
 never become paths.
 
-A row of the table: hash of the name (8 bytes), offset, size, CRC-32: 28 bytes a member, sorted by the hash. Zip:
-APPNOTE.TXT 6.3.10 (PKWARE), sections 4.3 to 4.5; tar: Python's `tarfile`.
+A row of the table: hash of the name, offset, size, CRC-32: 32 bytes a member, sorted by the hash.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ import posixpath
 import struct
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,8 +27,6 @@ from llavaforge.errors import UserError
 _TABLE = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<i8")])
 _NO_CRC = -1
 _EDGE = 1 << 20  # bytes of an archive's either end that identify it, with its size and time
-_END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
-_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
 _TAR_END = bytes(tarfile.BLOCKSIZE)
@@ -161,72 +159,13 @@ def tar_members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 def _zip_entries(path: Path) -> Iterator[tuple[int, int, int, int]]:
     file_size = path.stat().st_size
-    with open(path, "rb") as file:
-        try:
-            offset, size, shift = _find_directory(file, file_size)
-            file.seek(offset)
-            directory = file.read(size)
-            position = 0
-            while position < size:
-                *_, flags, _, _, _, crc, packed, unpacked, name_size, extra_size, comment_size, _, _, _, at = (
-                    _CENTRAL.unpack_from(directory, position)
-                )
-                if directory[position : position + 4] != b"PK\x01\x02":
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name, offset, size = member.orig_filename, member.header_offset, member.compress_size
+                if not 0 <= offset <= file_size - size:
                     raise ValueError("its directory is damaged")
-                position += _CENTRAL.size
-                name = directory[position : position + name_size]
-                position += name_size
-                extra = directory[position : position + extra_size]
-                position += extra_size + comment_size
-                packed, at = _wide(extra, unpacked, packed, at)
-                if not 0 <= at + shift <= file_size - packed:
-                    raise ValueError("its directory is damaged")
-                if not name.endswith(b"/"):
-                    text = name.decode("utf-8" if flags & 0x800 else "cp437")
-                    yield _hash(posixpath.normpath(text)), at + shift, packed, crc
-        except (OSError, ValueError, OverflowError, struct.error) as error:
-            raise UserError(f"{path}: not a readable zip ({error}). Download or pack it again.") from None
-
-
-def _find_directory(file: BinaryIO, file_size: int) -> tuple[int, int, int]:
-    """Return offset and size of a zip's directory, and how far all offsets in it are off (a zip with a prefix)."""
-    tail_at = max(0, file_size - 65_557)  # the end record with its longest comment
-    file.seek(tail_at)
-    tail = file.read(65_557)
-    end = tail.rfind(_END)
-    if end < 0:
-        raise ValueError("no end of directory: not a zip, or cut off")
-    size, offset = struct.unpack_from("<II", tail, end + 12)
-    end_at = tail_at + end
-    if tail[max(0, end - 20) : end - 16] == _LOCATOR_64:
-        (at,) = struct.unpack_from("<Q", tail, end - 12)
-        for end_at in (at, tail_at + end - 20 - 56):  # the second: where it is when something stands before the zip
-            file.seek(end_at)
-            record = file.read(56)
-            if record[:4] == _END_64:
-                break
-        else:
-            raise ValueError("its zip64 end of directory is damaged")
-        size, offset = struct.unpack_from("<QQ", record, 40)
-    shift = end_at - size - offset
-    return offset + shift, size, shift
-
-
-def _wide(extra: bytes, unpacked: int, packed: int, at: int) -> tuple[int, int]:
-    """Return size and offset with zip64's extra field applied."""
-    if 0xFFFFFFFF not in (unpacked, packed, at):
-        return packed, at
-    position = 0
-    while position + 4 <= len(extra):
-        kind, size = struct.unpack_from("<HH", extra, position)
-        if kind == 1:
-            values = list(struct.unpack_from(f"<{size // 8}Q", extra, position + 4))
-            if len(values) < (unpacked, packed, at).count(0xFFFFFFFF):
-                raise ValueError("its directory is damaged (zip64)")
-            if unpacked == 0xFFFFFFFF:
-                values.pop(0)
-            packed = values.pop(0) if packed == 0xFFFFFFFF else packed
-            at = values.pop(0) if at == 0xFFFFFFFF else at
-            break
-        position += 4 + size
-    return packed, at
+                if not name.endswith("/"):
+                    yield _hash(posixpath.normpath(name)), offset, size, member.CRC
+    except (OSError, ValueError, OverflowError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable zip ({error}). Download or pack it again.") from None

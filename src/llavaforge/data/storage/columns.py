@@ -38,10 +38,9 @@ def read_rows(
         fields: names of the fields to read.
         conversations: those of them that hold a list of turns, in whatever way it is stored.
     """
-    names = _schema(path).names
-    image = _image_column(_schema(path))
-    kept = [name for name in names if name in fields or name == image]
-    kept = [name for name in kept if name == image or not _holds_images(_schema(path).field(name).type)]
+    schema = _schema(path)
+    names, image = schema.names, _image_column(schema)
+    kept = [n for n in names if n == image or (n in fields and not _holds_images(schema.field(n).type))]
     others = dict.fromkeys(name for name in names if name not in kept)
     number = 0
     for batch in _text_batches(path, kept or names[:1]):
@@ -74,8 +73,11 @@ def read_image(path: Path, row: int, number: int) -> bytes:
     Raises:
         ValueError: the row holds no bytes there.
     """
-    column, places = _mapped_images(path) if path.suffix == ".arrow" else _group_images(path, row)
-    value = column[row - places]
+    if path.suffix == ".arrow":
+        value = _arrow(path).column(image_column(path))[row]
+    else:
+        group, first = _group_images(path, row)
+        value = group[row - first]
     if isinstance(value, pa.ListScalar):
         value = value.values[number]
     if isinstance(value, pa.StructScalar):
@@ -214,11 +216,8 @@ def _arrow(path: Path) -> pa.Table:
     return table
 
 
-def _mapped_images(path: Path) -> tuple[pa.ChunkedArray, int]:
-    return _arrow(path).column(image_column(path)), 0
-
-
 def _group_images(path: Path, row: int) -> tuple[pa.ChunkedArray, int]:
+    """Return the images of a row's group, and the group's first row."""
     metadata, first = _parquet(path).metadata, 0
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
