@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llavaforge import files as files
-from llavaforge.files import faults, not_published, publishing, remove_leftovers, replace_text
+from llavaforge.files import differences, not_published, publishing, remove_leftovers, replace_text
 
 
 def publish(folder: Path, text: str, overwrite: bool = False) -> None:
@@ -37,7 +37,7 @@ def dead() -> int:
 def test_a_folder_appears_with_its_manifest_and_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     publish(folder, "one")
-    assert faults(folder) == [] and not_published(folder) == []
+    assert differences(folder) == [] and not_published(folder) == []
     with pytest.raises(FileExistsError):
         publish(folder, "two")
     assert (folder / "sub" / "a.txt").read_text() == "one"
@@ -50,7 +50,7 @@ def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), publishing(tmp_path / "out", overwrite=True) as temporary:
         (temporary / "b.txt").write_text("two")
         raise RuntimeError
-    assert faults(tmp_path / "out") == [] and list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert differences(tmp_path / "out") == [] and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_overwrite_touches_no_neighbour(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_folder_that_was_moved_aside_for_one_that_never_came_is_put_back(tmp_p
     (tmp_path / "out").rename(old.with_name(old.name.replace(f"-{os.getpid()}-", f"-{dead}-")))
     leftover(tmp_path / "out", "new", dead)
     remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and faults(tmp_path / "out") == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and differences(tmp_path / "out") == []
 
 
 def test_a_linked_folder_is_replaced_where_it_is(tmp_path: Path) -> None:

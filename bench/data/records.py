@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from bench.data.qwen import qwen_tokenizer
 from llavaforge.config.schema import DataEntry
-from llavaforge.data.index.index import IndexPart, SampleIndex
+from llavaforge.data.index.index import DataSetIndex, SampleIndex
 from llavaforge.data.index.prepare import prepared
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.order.plan import MicroBatch
@@ -74,12 +74,12 @@ def main() -> None:
     begin = time.perf_counter()
     source = find_source(entry, cache)
     path, fingerprint = prepared(source, builder, cache, quiet=False)
-    index = SampleIndex((IndexPart(path, source, fingerprint),))
+    index = SampleIndex((DataSetIndex(path, source, fingerprint),))
     opened = len(index.lengths)
     open_s = time.perf_counter() - begin
     result: dict[str, Any] = {
         "records": opened,
-        "faults": len(index.parts[0].faults),
+        "faults": len(index.data_sets[0].faults),
         "prepare_s": prepare_s,
         "peak_pss_mb": memory.bytes / 1e6,
         "index_mb": path.stat().st_size / 1e6,

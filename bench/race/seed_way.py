@@ -45,7 +45,7 @@ class Rows(torch.utils.data.Dataset[Row]):
 
 
 class Collator:
-    """Rows in, a left-padded batch out."""
+    """RowNumbers in, a left-padded batch out."""
 
     def __init__(self, processor: Any) -> None:
         self._processor, self._tokenizer = processor, processor.tokenizer

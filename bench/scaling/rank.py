@@ -141,16 +141,16 @@ def main(config: TrainConfig, threshold: int, output: Path) -> None:
 
         return marked
 
-    def counting(take_up: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(resume: Callable[..., Any]) -> Callable[..., Any]:
         def counted(self: Any) -> Any:  # before ZeRO-3 deals the parameters out
             weights.update(asdict(Weights.of(self._loaded.model, threshold, config.gradient_checkpointing)))
-            return take_up(self)
+            return resume(self)
 
         return counted
 
     for engine in (PlainEngine, ZeroEngine):
         engine.step = marking(engine.step)
-    trainer.Trainer.take_up = counting(trainer.Trainer.take_up)
+    trainer.Trainer.resume = counting(trainer.Trainer.resume)
     train(config)
     output.write_text(json.dumps({"weights": weights, "steps": meter.steps, "checkpoints": timings}))
 

@@ -124,7 +124,7 @@ def entry_of(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def faults(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
+def differences(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     """Compare a published folder with its manifest.
 
     Args:
@@ -133,7 +133,7 @@ def faults(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
         num_shares: number of parts.
 
     Returns:
-        One line per fault (missing manifest, missing file, other size, other content); empty when all is well.
+        One line per difference (missing manifest, missing file, other size, other content); empty when all is well.
     """
     try:
         entries = read_manifest(folder)
@@ -141,8 +141,8 @@ def faults(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
         return [f"{MANIFEST}: unreadable ({error})"]
     mine = sorted(entries.items())[share::num_shares]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: _fault(folder / item[0], item[1]), mine)
-        return [fault for fault in found if fault]
+        found = pool.map(lambda item: _difference(folder / item[0], item[1]), mine)
+        return [difference for difference in found if difference]
 
 
 def fingerprint(folder: Path) -> str:
@@ -233,7 +233,7 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fault(path: Path, entry: dict[str, Any]) -> str | None:
+def _difference(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return f"{path.name}: missing"
     if path.stat().st_size != entry["bytes"]:

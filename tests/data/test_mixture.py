@@ -21,7 +21,7 @@ from rich.console import Console
 
 from llavaforge.config.schema import DataEntry, DataOptions, SampleOptions, TrainConfig
 from llavaforge.data.index.index import SampleIndex, open_index
-from llavaforge.data.order.mixture import Mixture, mix, split_held_out, without_quarantined
+from llavaforge.data.order.mixture import Mixture, drop_quarantined, mix, split_held_out
 from llavaforge.data.order.plan import Plan
 from llavaforge.errors import StoppedEarly, UserError
 from llavaforge.training.metrics import read_metrics
@@ -387,7 +387,7 @@ def two_sets(tmp_path: Path) -> SampleIndex:
 def quarantine_list(path: Path, index: SampleIndex, *places: tuple[int, Any], **changes: Any) -> Path:
     lines = []
     for part, row in places:
-        source = index.parts[part]
+        source = index.data_sets[part]
         line = {"source": source.source.name, "contents": source.contents, "file": "chat.json", "row": row}
         lines.append(json.dumps({**line, **changes}))
     path.write_text("\n".join(lines) + "\n\n")
@@ -395,11 +395,11 @@ def quarantine_list(path: Path, index: SampleIndex, *places: tuple[int, Any], **
 
 
 def test_quarantined_records_are_left_out_and_their_faults_forgiven(two_sets: SampleIndex, tmp_path: Path) -> None:
-    rows, faults = without_quarantined(two_sets, None)
+    rows, faults = drop_quarantined(two_sets, None)
     assert [mine.tolist() for mine in rows] == [list(range(10)), list(range(10, 20))]
     assert [[fault.row for fault in mine] for mine in faults] == [[], [3, 7]]
     listed = quarantine_list(tmp_path / "list.jsonl", two_sets, (0, 0), (0, 9), (1, 3), (1, 4), (1, 11))
-    rows, faults = without_quarantined(two_sets, listed)
+    rows, faults = drop_quarantined(two_sets, listed)
     assert rows[0].tolist() == list(range(1, 9))
     assert [two_sets.row(row).number for row in rows[1].tolist()] == [0, 1, 2, 5, 6, 8, 9, 10]
     assert [[fault.row for fault in mine] for mine in faults] == [[], [7]]
@@ -410,7 +410,7 @@ def test_a_quarantine_list_holds_for_data_by_another_path(two_sets: SampleIndex,
     listed = quarantine_list(tmp_path / "list.jsonl", two_sets, (0, 5), source="elsewhere")
     with listed.open("a") as file:
         file.write(json.dumps({"source": "eval", "contents": "abc", "file": "x.json", "row": 1}))
-    rows, _ = without_quarantined(two_sets, listed)
+    rows, _ = drop_quarantined(two_sets, listed)
     assert rows[0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
 
@@ -420,13 +420,13 @@ def test_a_quarantine_list_for_other_contents_is_refused(two_sets: SampleIndex, 
     (second / "chat.json").write_text((second / "chat.json").read_text().replace("Record 5", "Record five"))
     changed = opened(two_sets.parts[0].source.entry.path, second)
     with pytest.raises(UserError, match=rf"list\.jsonl: was written for other contents of {second}.*data check"):
-        without_quarantined(changed, listed)
+        drop_quarantined(changed, listed)
 
 
 def test_a_quarantine_list_for_a_renamed_file_is_refused(two_sets: SampleIndex, tmp_path: Path) -> None:
     listed = quarantine_list(tmp_path / "list.jsonl", two_sets, (1, 5), file="rows.json")
     with pytest.raises(UserError, match=r"list\.jsonl: names rows\.json, .* is called chat\.json"):
-        without_quarantined(two_sets, listed)
+        drop_quarantined(two_sets, listed)
 
 
 MALFORMED = [
@@ -441,9 +441,9 @@ MALFORMED = [
 def test_a_malformed_quarantine_list_is_refused(text: str, two_sets: SampleIndex, tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"list\.jsonl: not a quarantine list.*--quarantine FILE"):
-        without_quarantined(two_sets, tmp_path / "list.jsonl")
+        drop_quarantined(two_sets, tmp_path / "list.jsonl")
 
 
 def test_a_quarantine_list_that_is_not_there_is_refused(two_sets: SampleIndex, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.jsonl: not a quarantine list"):
-        without_quarantined(two_sets, tmp_path / "gone.jsonl")
+        drop_quarantined(two_sets, tmp_path / "gone.jsonl")

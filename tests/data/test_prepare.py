@@ -24,25 +24,25 @@ from tokenizers import normalizers
 
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.index import prepare
-from llavaforge.data.index.index import SampleIndex, open_index, open_sound_index
+from llavaforge.data.index.index import SampleIndex, open_checked_index, open_index
 from llavaforge.data.rows.records import Record, Turn
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
 from llavaforge.processes import workers
 from prepare_worker import open_unread, prepare_and_die, prepare_and_wait
 
-Rows = list[dict[str, Any]]
+RowNumbers = list[dict[str, Any]]
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
 
 
-def image_rows(num: int) -> Rows:
+def image_rows(num: int) -> RowNumbers:
     return [chat(f"<image>\nWhat is number {n}?", f"A square, {n}.", id=f"r{n}", image=f"{n}.jpg") for n in range(num)]
 
 
-def write(folder: Path, rows: Rows, num_images: int | None = None) -> Path:
+def write(folder: Path, rows: RowNumbers, num_images: int | None = None) -> Path:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(len(rows) if num_images is None else num_images):
         (folder / "images" / f"{number}.jpg").write_bytes(b"image %d" % number)
@@ -67,7 +67,7 @@ def index_files(cache: Path) -> set[str]:
 
 def identity(index: SampleIndex) -> list[tuple[Path, int, int]]:
     """The files of an index: name, inode and time of writing."""
-    paths = [part.path for part in index.parts]
+    paths = [part.path for part in index.data_sets]
     return [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
 
 
@@ -115,7 +115,7 @@ def test_everything_that_the_tokens_depend_on_makes_another_index(loaded_llava: 
         opened(loaded_llava.processor, num_image_tokens=9),
         opened(None),
     ]
-    assert len({index.parts[0].path for index in [plain, *others]}) == 8
+    assert len({index.data_sets[0].path for index in [plain, *others]}) == 8
     assert len({index.fingerprint for index in [plain, *others]}) == 8
     assert identity(opened(copy.deepcopy(loaded_llava.processor))) == identity(plain)
     assert len(others[1].row(0).ids) < len(plain.row(0).ids)
@@ -140,7 +140,7 @@ def test_changed_data_is_prepared_again_and_its_new_images_are_read(kind: str, t
     assert second.fingerprint != first.fingerprint
 
 
-def write_as(kind: str, path: Path, rows: Rows, image: bytes) -> None:
+def write_as(kind: str, path: Path, rows: RowNumbers, image: bytes) -> None:
     """Write rows with an image each: embedded where the format can, else inline."""
     images = [image + b"%d" % number for number in range(len(rows))]
     if kind in ("parquet", "arrow"):
@@ -179,13 +179,13 @@ def test_a_changed_archive_of_images_is_looked_up_again(tmp_path: Path) -> None:
 
 
 def test_the_same_bytes_by_another_name_have_their_own_numbers(tmp_path: Path) -> None:
-    """Rows of .json are counted from 0, lines of .jsonl from 1."""
+    """RowNumbers of .json are counted from 0, lines of .jsonl from 1."""
     text = "".join(json.dumps(row) + "\n" for row in [chat("Hi", "Hello."), chat("Hi", "")])
     numbers = []
     for name in ("rows.json", "rows.jsonl"):
         (tmp_path / name).write_text(text)
         index = open_unread(tmp_path / name, tmp_path / "cache")
-        numbers.append((index.row(0).where, index.parts[0].faults[0].where))
+        numbers.append((index.row(0).where, index.data_sets[0].faults[0].where))
     assert numbers == [("rows.json row 0", "rows.json row 1"), ("rows.jsonl:1", "rows.jsonl:2")]
 
 
@@ -209,7 +209,7 @@ def test_a_link_out_of_the_folder_that_is_replaced_by_its_image_is_picked_up(tmp
     folder, cache = write(tmp_path / "set", image_rows(2), num_images=1), tmp_path / "cache"
     (tmp_path / "outside.jpg").write_bytes(b"image 1")
     (folder / "images" / "1.jpg").symlink_to(tmp_path / "outside.jpg")
-    assert [fault.kind for fault in open_unread(folder, cache).parts[0].faults] == ["unsafe_path"]
+    assert [fault.kind for fault in open_unread(folder, cache).data_sets[0].faults] == ["unsafe_path"]
     (folder / "images" / "1.jpg").unlink()
     (folder / "images" / "1.jpg").write_bytes(b"image 1")
     assert images_of(open_unread(folder, cache)) == [b"image 0", b"image 1"]
@@ -248,7 +248,7 @@ def test_the_first_records_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # In parallel, in batches.
 
 
-def mixed_rows(num: int) -> Rows:
+def mixed_rows(num: int) -> RowNumbers:
     """Every seventh row has a fault."""
     rows = image_rows(num)
     for number in range(0, num, 7):
@@ -265,8 +265,8 @@ def test_parallel_preparation_gives_the_same_bytes(
         monkeypatch.setattr(prepare, "_CHUNK", chunk)
         cache = tmp_path / f"cache{chunk}"
         index = open_index([DataEntry(path=folder)], loaded_llava.processor, 4, options(cache), quiet=True)
-        (batch,) = index.parts[0].table.combine_chunks().to_batches()
-        made.append((batch.serialize().to_pybytes(), index.parts[0].faults, index.fingerprint))
+        (batch,) = index.data_sets[0].table.combine_chunks().to_batches()
+        made.append((batch.serialize().to_pybytes(), index.data_sets[0].faults, index.fingerprint))
     assert made[0] == made[1]
     assert len(made[0][1]) == 43
 
@@ -285,7 +285,7 @@ def test_any_row_is_there_at_once_over_several_record_batches(
         rows[number]["conversations"][0]["value"] = "Hello"
     folder = write(tmp_path / "set", rows)
     index = open_index([DataEntry(path=folder)], loaded_llava.processor, 4, options(tmp_path / "cache"), quiet=True)
-    table = index.parts[0].table
+    table = index.data_sets[0].table
     assert len(table.to_batches()) > 4
     for number, stored in sorted(enumerate(table.to_pylist()), key=lambda pair: pair[0] * 37 % 61):
         row = index.row(number)
@@ -307,7 +307,7 @@ def test_a_large_batch_is_written_before_arrow_cannot_count_it(tmp_path: Path, m
     monkeypatch.setattr(prepare, "_BYTES_PER_BATCH", 2000)
     monkeypatch.setattr(prepare, "_CHUNK", 10)
     index = open_unread(write(tmp_path / "set", image_rows(100)), tmp_path / "cache")
-    assert len(index) == 100 and len(index.parts[0].table.to_batches()) > 3
+    assert len(index) == 100 and len(index.data_sets[0].table.to_batches()) > 3
 
 
 # Faults.
@@ -341,13 +341,13 @@ def test_every_fault_is_listed_with_its_file_and_row(loaded_llava: LoadedModel, 
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     entry = DataEntry(path=tmp_path / "rows.jsonl")
     index = open_index([entry], processor, 4, options(tmp_path / "cache", max_length=200), quiet=True)
-    faults = index.parts[0].faults
+    faults = index.data_sets[0].faults
     assert [fault.kind for fault in faults] == list(FAULTY)
     assert [(fault.file, fault.row) for fault in faults] == [("rows.jsonl", 2 * n) for n in range(1, len(FAULTY) + 1)]
     assert [fault.id for fault in faults] == ["", "1", *["bad"] * (len(FAULTY) - 2)]
     assert [index.row(number).number for number in range(len(index))] == list(range(1, 2 * len(FAULTY) + 2, 2))
     with pytest.raises(UserError, match=rf"(?s){len(FAULTY)} of {len(lines)} records are faulty.*rows\.jsonl:2: "):
-        open_sound_index([entry], processor, 4, options(tmp_path / "cache", max_length=200))
+        open_checked_index([entry], processor, 4, options(tmp_path / "cache", max_length=200))
 
 
 def test_a_sample_of_which_no_answer_is_left_is_refused_with_its_row(loaded_llava: LoadedModel, tmp_path: Path) -> None:
@@ -357,12 +357,12 @@ def test_a_sample_of_which_no_answer_is_left_is_refused_with_its_row(loaded_llav
     start, end = whole.row(1).supervised_spans.tolist()
     assert end - start > 2
     for max_length, num_left in ((start + 1, 1), (end - 1, end - 1 - start)):
-        cut = open_sound_index(
+        cut = open_checked_index(
             [DataEntry(path=folder)], processor, 4, options(tmp_path / "cache", max_length=max_length)
         )
         assert cut.num_supervised[1] == num_left and cut.column("num_tokens_cut")[1] > 0
     with pytest.raises(UserError, match=r"1 of 3 records are faulty:\s+chat\.json row 1 \(id 'long'\): .*max_length"):
-        open_sound_index([DataEntry(path=folder)], processor, 4, options(tmp_path / "cache", max_length=start))
+        open_checked_index([DataEntry(path=folder)], processor, 4, options(tmp_path / "cache", max_length=start))
 
 
 def test_a_sample_whose_answer_has_no_tokens_is_refused_with_its_row(loaded_llava: LoadedModel, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_sample_whose_answer_has_no_tokens_is_refused_with_its_row(loaded_llav
     processor.tokenizer._special_tokens_map["eos_token"] = "\u200b"
     folder = write(tmp_path / "set", [GOOD, chat("<image>", "\u200b\u200b", image="0.jpg")], num_images=1)
     with pytest.raises(UserError, match=r"1 of 2 records are faulty:\s+chat\.json row 1: no supervised tokens"):
-        open_sound_index([DataEntry(path=folder)], processor, 4, options(tmp_path / "cache", prompt_style="plain"))
+        open_checked_index([DataEntry(path=folder)], processor, 4, options(tmp_path / "cache", prompt_style="plain"))
 
 
 # Interrupted, and two at once: real processes, killed for real.
@@ -412,7 +412,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(
     index = open_unread(folder, cache)
     assert "preparing " in caplog.text
     assert [row.id for row in map(index.row, range(len(index)))] == [f"r{n}" for n in range(NUM_ROWS) if n % 7]
-    assert len(index.parts[0].faults) == (NUM_ROWS + 6) // 7
+    assert len(index.data_sets[0].faults) == (NUM_ROWS + 6) // 7
     assert index_files(cache) == {"chat.arrow", "chat.faults.jsonl"}
 
 
@@ -450,7 +450,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path: Path) -> No
     (path,) = (tmp_path / "cache").rglob("*.arrow")
     before = path.stat().st_mtime_ns
     index = open_unread(tmp_path / "set", tmp_path / "cache")
-    assert len(index) == NUM_SOUND and index.parts[0].path == path and path.stat().st_mtime_ns == before
+    assert len(index) == NUM_SOUND and index.data_sets[0].path == path and path.stat().st_mtime_ns == before
 
 
 def test_when_the_one_that_prepares_is_killed_the_waiting_one_takes_over(tmp_path: Path) -> None:
@@ -474,6 +474,6 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
 
 def test_records_come_in_the_order_of_the_index(tmp_path: Path) -> None:
     index = open_unread(write(tmp_path / "set", mixed_rows(20)), tmp_path / "cache")
-    records: list[Record] = list(prepare.records_of(index.parts[0].source))
+    records: list[Record] = list(prepare.records_of(index.data_sets[0].source))
     assert [record.id for record in records] == [index.row(number).id for number in range(len(index))]
     assert records[0].turns[1] == Turn("assistant", "A square, 1.")

@@ -76,7 +76,7 @@ def documents(draw: st.DrawFn) -> str:
 def test_a_list_is_split_as_json_reads_it(
     document: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_list, "PIECE", piece)
+    monkeypatch.setattr(json_list, "CHUNK_CHARACTERS", piece)
     path = tmp_path / "rows.json"
     path.write_bytes(document.encode())
     rows = read(path)
@@ -102,7 +102,7 @@ def damaged(draw: st.DrawFn) -> str:
 def test_a_damaged_list_is_refused_with_its_place_or_read_as_json_reads_it(
     document: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_list, "PIECE", piece)
+    monkeypatch.setattr(json_list, "CHUNK_CHARACTERS", piece)
     path = tmp_path / "rows.json"
     path.write_bytes(document.encode())
     text = document.replace("\r\n", "\n").replace("\r", "\n")
@@ -142,7 +142,7 @@ def test_what_python_refuses_to_parse_is_told(row: str, tmp_path: Path) -> None:
 
 
 def test_the_place_of_a_fault_far_into_a_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_list, "PIECE", 1000)
+    monkeypatch.setattr(json_list, "CHUNK_CHARACTERS", 1000)
     row = '{"id": 1}, '
     (tmp_path / "rows.json").write_text("[\n" + row * 1000 + '{"id": oops}]')
     with pytest.raises(UserError, match=rf"rows\.json:2:{len(row) * 1000 + 8}: malformed JSON: Expecting value"):
@@ -186,13 +186,13 @@ def test_malformed_lines_become_faults_with_their_number(name: str, tmp_path: Pa
     index = open_index(tmp_path / name, None, 0, SampleOptions(), quiet=True)
     rows, faults = ([1, 4, 6], [2, 5]) if name == "rows.jsonl" else ([0, 2, 4], [1, 3])  # .json: rows, from 0
     assert [index.row(number).number for number in range(len(index))] == rows
-    assert [(fault.kind, fault.file, fault.row) for fault in index.parts[0].faults] == [
+    assert [(fault.kind, fault.file, fault.row) for fault in index.data_sets[0].faults] == [
         ("malformed_json", name, row) for row in faults
     ]
-    assert "malformed JSON at column" in index.parts[0].faults[0].message
+    assert "malformed JSON at column" in index.data_sets[0].faults[0].message
 
 
-# Rows of any kind, through the whole preparation.
+# RowNumbers of any kind, through the whole preparation.
 
 HALVES = st.text(st.characters(), max_size=6)  # with halves of surrogate pairs, which JSON can write
 ANY = st.recursive(
@@ -246,7 +246,7 @@ def open_(loaded_llava: LoadedModel) -> Callable[..., SampleIndex]:
 
 def assert_all_accounted_for(index: SampleIndex, numbers: list[int], num_images: int) -> None:
     """Every row is a sample with all its images, or a fault that can be shown."""
-    faults: list[Fault] = index.parts[0].faults
+    faults: list[Fault] = index.data_sets[0].faults
     rows = [index.row(number) for number in range(len(index))]
     assert sorted([row.number for row in rows] + [fault.row for fault in faults]) == numbers
     for fault in faults:
@@ -286,7 +286,7 @@ def test_half_a_surrogate_pair_is_a_fault_of_its_row(
     if field == "id":  # only told to people
         assert [index.row(number).id for number in range(2)] == ["x", "a.jpg?"]
     else:
-        assert [(fault.kind, fault.row) for fault in index.parts[0].faults] == [("malformed_row", 2)]
+        assert [(fault.kind, fault.row) for fault in index.data_sets[0].faults] == [("malformed_row", 2)]
 
 
 def or_none(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -364,7 +364,7 @@ def bytes_of(table: pa.Table, row: int) -> list[bytes | None]:
 
 
 def images_read(index: SampleIndex, number: int) -> list[bytes | None]:
-    row, store = index.row(number), index.parts[0].source.images
+    row, store = index.row(number), index.data_sets[0].source.images
     found: list[bytes | None] = []
     for ref in row.images:
         try:
@@ -405,7 +405,7 @@ def test_no_sample_of_a_tar_crashes_or_passes_unnoticed(
         for one in group
         if group.count(one) > 1 and one not in ("cls", "tar", "")
     }
-    assert twice <= {fault.row for fault in index.parts[0].faults}
+    assert twice <= {fault.row for fault in index.data_sets[0].faults}
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -419,7 +419,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 def test_a_name_that_is_not_utf8_can_be_shown(open_: Callable[..., SampleIndex], tmp_path: Path) -> None:
     write_tar(tmp_path / "shard.tar", [("\udcff.jpg", b"pixels"), ("\udcff.txt", b"A square.")])
     index = open_(tmp_path / "shard.tar")
-    assert index.parts[0].faults == []
+    assert index.data_sets[0].faults == []
     data, name = index.read_image(index.row(0))
     assert data == b"pixels" and name.endswith("\ufffd.jpg")
 

@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PillowImage
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data.index.index import SampleIndex, open_index, open_sound_index, sample_builder
+from llavaforge.data.index.index import SampleIndex, open_checked_index, open_index, sample_builder
 from llavaforge.data.rows.records import CAPTION_PROMPT, parse_record
 from llavaforge.data.rows.sources import find_source
 from llavaforge.data.storage import columns
@@ -45,10 +45,10 @@ PARSED = [
     ("system", ["shelf/grün.jpg"], [("system", "Be brief."), ("human", "What is it?\n<image>"), ("gpt", "A square.")]),
 ]  # fmt: skip
 Parsed = tuple[str, list[str], list[tuple[str, str]]]
-Rows = list[dict[str, Any]]
+RowNumbers = list[dict[str, Any]]
 
 
-def llava(parsed: Sequence[Parsed] = PARSED) -> Rows:
+def llava(parsed: Sequence[Parsed] = PARSED) -> RowNumbers:
     """The rows as LLaVA writes them: one file name, or a list of them."""
     rows = []
     for id_, images, turns in parsed:
@@ -59,7 +59,7 @@ def llava(parsed: Sequence[Parsed] = PARSED) -> Rows:
     return rows
 
 
-def sharegpt() -> Rows:
+def sharegpt() -> RowNumbers:
     rows = []
     for row, (_, images, turns) in zip(llava(), PARSED, strict=True):
         row = {key: value for key, value in row.items() if key != "image"} | {"images": images}
@@ -72,7 +72,7 @@ def sharegpt() -> Rows:
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def messages(parts: bool = False, image: Callable[[str], dict[str, Any]] | None = None) -> Rows:
+def messages(parts: bool = False, image: Callable[[str], dict[str, Any]] | None = None) -> RowNumbers:
     """The rows as OpenAI writes them; with `parts`, each line of a text is a content part."""
     rows = []
     for id_, images, turns in PARSED:
@@ -99,9 +99,9 @@ def inline(name: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(IMAGES[name]).decode()
 
 
-def in_columns(one: bool = False, as_bytes: bool = True) -> Rows:
+def in_columns(one: bool = False, as_bytes: bool = True) -> RowNumbers:
     """The rows with their images' bytes, for Arrow; every row has the same fields."""
-    rows: Rows = []
+    rows: RowNumbers = []
     for (_, images, _), row in zip(PARSED, llava(), strict=True):
         embedded = [{"bytes": IMAGES[name] if as_bytes else None, "path": name} for name in images]
         row.pop("image", None)
@@ -143,7 +143,7 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-def lines(rows: Rows, ascii_only: bool = False) -> str:
+def lines(rows: RowNumbers, ascii_only: bool = False) -> str:
     return "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
 
 
@@ -177,7 +177,7 @@ def chat_json_beside_a_named_tar(root: Path) -> DataEntry:
     return DataEntry(path=root, images=root / "photos.tar")
 
 
-def text_file(name: str, encode: Callable[[Rows], bytes]) -> Callable[[Path], DataEntry]:
+def text_file(name: str, encode: Callable[[RowNumbers], bytes]) -> Callable[[Path], DataEntry]:
     def write(root: Path) -> DataEntry:
         write_images(root / "pictures")
         (root / name).write_bytes(encode(llava()))
@@ -186,7 +186,7 @@ def text_file(name: str, encode: Callable[[Rows], bytes]) -> Callable[[Path], Da
     return write
 
 
-def rows_in_json(rows: Rows, format_: str) -> Callable[[Path], DataEntry]:
+def rows_in_json(rows: RowNumbers, format_: str) -> Callable[[Path], DataEntry]:
     def write(root: Path) -> DataEntry:
         write_images(root / "images")
         (root / "rows.jsonl").write_text(lines(rows), "utf-8")
@@ -252,7 +252,7 @@ def parquet_of_paths(root: Path) -> DataEntry:
     return DataEntry(path=root / "p.parquet")
 
 
-def plain_table(rows: Rows) -> Callable[[Path], DataEntry]:
+def plain_table(rows: RowNumbers) -> Callable[[Path], DataEntry]:
     def write(root: Path) -> DataEntry:
         pq.write_table(pa.Table.from_pylist(rows), root / "rows.parquet", row_group_size=2)
         return DataEntry(path=root / "rows.parquet")
@@ -260,25 +260,25 @@ def plain_table(rows: Rows) -> Callable[[Path], DataEntry]:
     return write
 
 
-def as_struct_of_lists() -> Rows:
+def as_struct_of_lists() -> RowNumbers:
     def turned(turns: list[dict[str, str]]) -> dict[str, list[str]]:
         return {key: [turn[key] for turn in turns] for key in ("from", "value")}
 
     return [row | {"conversations": turned(row["conversations"])} for row in in_columns()]
 
 
-def as_json_text() -> Rows:
+def as_json_text() -> RowNumbers:
     return [row | {"conversations": json.dumps(row["conversations"])} for row in in_columns()]
 
 
-def as_messages_with_marks() -> Rows:
+def as_messages_with_marks() -> RowNumbers:
     """Content parts that only mark the places of the images beside them."""
     marked = messages(parts=True, image=lambda _: {"type": "image", "text": None})
     return [{"messages": row["messages"], "id": row["id"], "images": beside["images"]}
             for row, beside in zip(marked, in_columns(), strict=True)]  # fmt: skip
 
 
-def with_plain_bytes() -> Rows:
+def with_plain_bytes() -> RowNumbers:
     """A list of plain bytes, and other columns of bytes, times and vectors."""
     other = {"thumb": b"no image", "vector": [0.5, 1.5], "image_hash": 7}
     return [other | row | {"images": [image["bytes"] for image in row["images"]]} for row in in_columns()]
@@ -403,7 +403,7 @@ def seen(index: SampleIndex) -> list[Seen]:
 def open_(loaded_llava: LoadedModel) -> Callable[..., SampleIndex]:
     def open_entry(entry: DataEntry, sound: bool = False) -> SampleIndex:
         if sound:
-            return open_sound_index([entry], loaded_llava.processor, loaded_llava.num_image_tokens, OPTIONS)
+            return open_checked_index([entry], loaded_llava.processor, loaded_llava.num_image_tokens, OPTIONS)
         return open_index([entry], loaded_llava.processor, loaded_llava.num_image_tokens, OPTIONS, quiet=True)
 
     return open_entry
@@ -431,7 +431,7 @@ def test_every_format_gives_the_same_samples(
     way: str, open_: Callable[..., SampleIndex], wanted: list[Seen], tmp_path: Path, small_batches: None
 ) -> None:
     index = open_(WAYS[way](tmp_path))
-    assert index.parts[0].faults == []
+    assert index.data_sets[0].faults == []
     assert seen(index) == wanted
 
 
@@ -446,7 +446,7 @@ def test_a_column_of_single_images(
         (tmp_path / "set").mkdir()
         dataset.to_parquet(tmp_path / "set" / "train.parquet", batch_size=2)
     index = open_(DataEntry(path=tmp_path / "set"))
-    assert index.parts[0].faults == []
+    assert index.data_sets[0].faults == []
     assert seen(index) == [sample for sample in wanted if sample.id != "several"]
 
 
@@ -491,7 +491,7 @@ def test_captions(
                                               {"from": "gpt", "value": f"A {name}"}]} for name in IMAGES]  # fmt: skip
     samples = [builder.build(parse_record(row)) for row in rows]
     index = open_(write(tmp_path))
-    assert index.parts[0].faults == []
+    assert index.data_sets[0].faults == []
     assert seen(index) == [
         Seen(name, sample.ids, sample.supervised_spans, [IMAGES[name]])
         for name, sample in zip(IMAGES, samples, strict=True)
@@ -571,7 +571,7 @@ def test_a_split_in_a_folder_of_its_own_has_its_own_images(open_: Callable[..., 
         (tmp_path / split).mkdir()
         folder_with_images(tmp_path / split)
     index = open_(DataEntry(path=tmp_path, split="test"), sound=True)
-    assert index.parts[0].source.images.root == tmp_path / "test" / "images"
+    assert index.data_sets[0].source.images.root == tmp_path / "test" / "images"
 
 
 def test_the_splits_of_a_saved_data_set(tmp_path: Path) -> None:
@@ -737,7 +737,7 @@ def test_a_name_of_the_hub_is_downloaded(
     index = open_(DataEntry(path=Path("someone/some-set")), sound=True)
     assert asked == [("someone/some-set", {"repo_type": "dataset"})]
     assert seen(index) == wanted
-    assert index.parts[0].source.name == "someone/some-set"
+    assert index.data_sets[0].source.name == "someone/some-set"
 
 
 def test_a_name_that_the_hub_does_not_know_may_be_a_typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_answers_and_their_end_tokens_are_supervised(tokenizer: Any, name: str, 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_pieces_add_up_to_what_the_template_renders(tokenizer: Any, name: str) -> None:
     made = builder(tokenizer, TEMPLATES[name])
-    text = "".join(piece.text for piece in made.chat.pieces(CONVERSATION))
+    text = "".join(span.text for span in made.chat.spans(CONVERSATION))
     messages = [{"role": turn.role, "content": turn.text} for turn in CONVERSATION]
     if name == "vicuna":
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]

@@ -330,7 +330,7 @@ class Browser:
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     def measure(self, page: Path, width: int) -> dict[str, Any]:
-        """Return places and sizes in a copy of the page that a script measures."""
+        """Return positions and sizes in a copy of the page that a script measures."""
         copy = self.folder / "measured.html"
         without_policy = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
         copy.write_text(without_policy.replace("</body>", f"{MEASURE}</body>"))

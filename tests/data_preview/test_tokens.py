@@ -18,28 +18,28 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
 
 def test_pieces_are_whole_characters_and_hold_every_token(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer(TEXT).input_ids
-    pieces = Reader(tokenizer, image_token_id=-1, num_image_tokens=4).pieces(ids, [])
-    assert [token for piece in pieces for token in piece.ids] == ids
-    assert "".join(piece.text for piece in pieces) == TEXT
-    assert not any("\ufffd" in piece.text for piece in pieces)
-    assert {len(piece.ids) for piece in pieces if piece.text in ("ï", "日", "😀")} == {2, 3, 4}
+    groups = Reader(tokenizer, image_token_id=-1, num_image_tokens=4).groups(ids, [])
+    assert [token for group in groups for token in group.ids] == ids
+    assert "".join(group.text for group in groups) == TEXT
+    assert not any("\ufffd" in group.text for group in groups)
+    assert {len(group.ids) for group in groups if group.text in ("ï", "日", "😀")} == {2, 3, 4}
 
 
 def test_supervised_special_and_image_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     ids = [start, *tokenizer("a").input_ids, *tokenizer("b").input_ids, end]
-    pieces = Reader(tokenizer, image_token_id=ids[1], num_image_tokens=4).pieces(ids, [2, 4])
-    assert [piece.is_supervised for piece in pieces] == [False, False, True, True]
-    assert [piece.is_special for piece in pieces] == [True, False, False, True]
-    assert [piece.num_image_tokens for piece in pieces] == [0, 4, 0, 0]
+    groups = Reader(tokenizer, image_token_id=ids[1], num_image_tokens=4).groups(ids, [2, 4])
+    assert [group.is_supervised for group in groups] == [False, False, True, True]
+    assert [group.is_special for group in groups] == [True, False, False, True]
+    assert [group.num_image_tokens for group in groups] == [0, 4, 0, 0]
 
 
 def test_a_broken_character_ends_with_its_span(tokenizer: PreTrainedTokenizerFast) -> None:
     emoji = tokenizer("😀").input_ids
     ids = [*emoji[:2], *tokenizer("ab").input_ids, *emoji[:3]]
-    pieces = Reader(tokenizer, -1, 4).pieces(ids, [1, 2])
-    assert [token for piece in pieces for token in piece.ids] == ids
-    assert [piece.ids for piece in pieces if piece.is_supervised] == [(emoji[1],)]
+    groups = Reader(tokenizer, -1, 4).groups(ids, [1, 2])
+    assert [token for group in groups for token in group.ids] == ids
+    assert [group.ids for group in groups if group.is_supervised] == [(emoji[1],)]
 
 
 def test_spaces_that_decoding_alone_would_strip_are_kept() -> None:
@@ -48,8 +48,8 @@ def test_spaces_that_decoding_alone_would_strip_are_kept() -> None:
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    pieces = Reader(PreTrainedTokenizerFast(tokenizer_object=backend), -1, 4).pieces([0, 1, 2], [1, 3])
-    assert [piece.text for piece in pieces] == ["a", " red", " square"]
+    groups = Reader(PreTrainedTokenizerFast(tokenizer_object=backend), -1, 4).groups([0, 1, 2], [1, 3])
+    assert [group.text for group in groups] == ["a", " red", " square"]
 
 
 def test_invisible_characters_are_named_and_do_not_act() -> None:

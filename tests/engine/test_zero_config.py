@@ -10,7 +10,7 @@ import pytest
 
 from llavaforge.cli import main
 from llavaforge.config.schema import shipped_deepspeed
-from llavaforge.engine.zero_config import check_installed, resolve, stage_of
+from llavaforge.engine.zero_config import build_settings, check_installed, stage_of
 from llavaforge.errors import UserError
 
 KNOWN: dict[str, Any] = {
@@ -32,7 +32,7 @@ KNOWN: dict[str, Any] = {
 def resolved(tmp_path: Path, content: Any, **known: Any) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    return resolve(str(path), KNOWN | known, hidden_size=2560)
+    return build_settings(str(path), KNOWN | known, hidden_size=2560)
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 def test_what_is_shipped_is_complete_and_taken_by_deepspeed(name: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    settings = resolve(name, KNOWN, hidden_size=2560)
+    settings = build_settings(name, KNOWN, hidden_size=2560)
     assert stage_of(settings) == int(name[4])
     assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["gradient_clipping"] == 1.0
@@ -52,7 +52,7 @@ def test_what_is_shipped_is_complete_and_taken_by_deepspeed(name: str) -> None:
 
 
 def test_without_a_name_it_is_zero_2() -> None:
-    assert resolve(None, KNOWN, 64) == resolve("zero2", KNOWN, 64)
+    assert build_settings(None, KNOWN, 64) == build_settings("zero2", KNOWN, 64)
 
 
 def test_auto_takes_the_recipes_values_and_what_follows_from_the_model(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_what_contradicts_or_would_be_ignored_is_refused(content: Any, expected:
 def test_sizes_may_be_written_as_the_manuals_do(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": true}}')
-    zero_section = resolve(str(path), KNOWN, 64)["zero_optimization"]
+    zero_section = build_settings(str(path), KNOWN, 64)["zero_optimization"]
     assert zero_section == {"stage": 2, "reduce_bucket_size": 500_000_000, "overlap_comm": True}
     assert isinstance(zero_section["reduce_bucket_size"], int)
 
@@ -128,8 +128,8 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 def test_offload_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"`c\+\+` \(a C\+\+ compiler\) is not there.*without offload_optimizer"):
-        check_installed(resolve("zero2-offload", KNOWN, 64))
-    check_installed(resolve("zero2", KNOWN, 64))
+        check_installed(build_settings("zero2-offload", KNOWN, 64))
+    check_installed(build_settings("zero2", KNOWN, 64))
 
 
 def test_deepspeed_that_is_not_installed(
@@ -138,6 +138,6 @@ def test_deepspeed_that_is_not_installed(
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # what an import then finds: nothing
     flags = [f"--model_name_or_path={tiny_llava}", f"--data_path={shapes / 'train'}", f"--output_dir={tmp_path / 'r'}"]
     with pytest.raises(UserError, match="pip install 'llavaforge"):
-        check_installed(resolve("zero2", KNOWN, 64))
+        check_installed(build_settings("zero2", KNOWN, 64))
     assert main(["train", *flags, "--deepspeed=zero4"]) == 2
     assert "no such file: zero4 (or one of zero1, zero2-offload, zero2," in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_loss_equals_plain_transformers_with_labels(loaded: LoadedModel, shapes:
     for number in range(NUM_SAMPLES):
         row = index.row(number)
         sample = Sample(row.ids.tolist(), row.supervised_spans.tolist(), row.length)
-        with Image.open(index.parts[0].source.images.root / row.images[0].name) as opened:
+        with Image.open(index.data_sets[0].source.images.root / row.images[0].name) as opened:
             pixels = loaded.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
         labels, ids = [], []
         for token, label in zip(sample.ids, sample.labels(), strict=True):

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, LlavaForConditionalGeneration
 
 from llavaforge.errors import UserError
-from llavaforge.files import faults
+from llavaforge.files import differences
 from llavaforge.model_folder.names import to_file_name, to_module_name
 from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
 from llavaforge.model_folder.tensors import open_tensors, write_shards
@@ -63,7 +63,7 @@ def test_a_folder_holds_every_file_and_field_that_other_tools_look_for(tiny_llav
     assert processor["vision_feature_select_strategy"] == "default"
     assert read(tiny_llava / "preprocessor_config.json")["image_processor_type"] == "CLIPImageProcessor"
     assert (tiny_llava / "chat_template.jinja").is_file() and (tiny_llava / "tokenizer.json").is_file()
-    assert faults(tiny_llava) == []
+    assert differences(tiny_llava) == []
 
 
 def test_no_private_path_is_written(tiny_llava: Path):
@@ -180,7 +180,7 @@ def test_a_full_folder_is_replaced_only_with_overwrite_and_only_when_the_new_one
     assert (output_dir / "model.safetensors").read_bytes() == before and list(tmp_path.iterdir()) == [output_dir]
     update_model_folder(output_dir, tiny_llava, new, overwrite=True)
     assert (output_dir / "model.safetensors").read_bytes() != before and list(tmp_path.iterdir()) == [output_dir]
-    assert faults(output_dir) == []
+    assert differences(output_dir) == []
 
 
 def test_overwrite_takes_away_nothing_but_a_model_folder(tiny_llava: Path, tmp_path: Path):

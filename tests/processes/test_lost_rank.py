@@ -11,7 +11,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from llavaforge.files import faults
+from llavaforge.files import differences
 from llavaforge.training.metrics import read_metrics
 from ranks import free_port, rank_environment
 from train_tools import command, train_config
@@ -97,7 +97,7 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_a_signal_to_one_saves_on_a
     assert len(told) == 1, run.said()
     assert "Traceback" not in run.said()
     before = newest_checkpoint(endless.output_dir)
-    assert not faults(before)
+    assert not differences(before)
 
     again = start(endless, tmp_path, request, step=int(before.name.split("-")[1]) + 10)
     again.ranks[1].terminate()
@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_a_signal_to_one_saves_on_a
     assert f"going on from {before}" in again.said()
     assert again.said().count("start again to go on from") == 1
     saved = newest_checkpoint(endless.output_dir)
-    assert saved != before and not faults(saved)
+    assert saved != before and not differences(saved)
     assert read_metrics(endless.output_dir)[-1]["step"] == int(saved.name.split("-")[1])
 
 
@@ -122,7 +122,7 @@ def test_a_frozen_rank_ends_the_run_with_its_name(
     assert 5 < time.monotonic() - begin < 45  # stuck_timeout_s is 10
     told = re.findall(rf"rank {frozen} \(.*\) has not answered for .*; it was at: .+", run.said())
     assert len(told) == 1, run.said()
-    assert not faults(newest_checkpoint(endless.output_dir))
+    assert not differences(newest_checkpoint(endless.output_dir))
 
 
 @pytest.mark.slow

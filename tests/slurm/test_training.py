@@ -13,7 +13,7 @@ from cluster import Cluster, wait
 
 from llavaforge.checkpoint.state import load_run
 from llavaforge.config.schema import CustomizeModelConfig
-from llavaforge.files import faults
+from llavaforge.files import differences
 from llavaforge.join.parts import customize_model
 from llavaforge.training.metrics import read_metrics
 from train_tools import tensors_of
@@ -51,7 +51,7 @@ def undisturbed(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("undisturbed")
     job = submit(cluster, recipe, folder)
     cluster.wait_for(job, "COMPLETED")
-    assert faults(folder / "run" / "final") == []
+    assert differences(folder / "run" / "final") == []
     # No global_batch_size is given: it becomes what each process takes, times the processes that found each other.
     assert load_run(folder / "run" / "final")["identity"]["global_batch_size"] == 2 * PER_PROCESS
     return tensors_of(folder / "run" / "final")
@@ -74,7 +74,7 @@ def wait_steps(cluster: Cluster, job: str, folder: Path, num_steps: int) -> None
 def saved_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints of a run, all of them whole."""
     checkpoints = sorted((folder / "run").glob("checkpoint-*"))
-    assert [fault for checkpoint in checkpoints for fault in faults(checkpoint)] == []
+    assert [fault for checkpoint in checkpoints for fault in differences(checkpoint)] == []
     return sorted(int(checkpoint.name.removeprefix("checkpoint-")) for checkpoint in checkpoints)
 
 
@@ -85,7 +85,7 @@ def assert_went_on_to_the_same(
     assert [int(step) for step in re.findall(r"going on from \S*checkpoint-(\d+)", cluster.log(job))] == list(starts)
     assert [line["step"] for line in read_metrics(folder / "run")] == list(range(1, STEPS + 1))
     final = folder / "run" / "final"
-    assert faults(final) == []
+    assert differences(final) == []
     result = tensors_of(final)
     assert result.keys() == weights.keys()
     assert [name for name, tensor in weights.items() if not torch.equal(result[name], tensor)] == []

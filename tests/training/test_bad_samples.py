@@ -74,7 +74,7 @@ def _batch(config: Any, index: Any, step: int) -> Any:
 def test_a_muted_sample_gives_no_loss_and_no_gradient(tiny_llava: Path, data: Path, tmp_path: Path) -> None:
     loaded = load_model(str(tiny_llava))
     index, sound = open_packs(loaded, train_config(tiny_llava, data, tmp_path / "run"))
-    muting = PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, mutes_bad=True)
+    muting = PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, masks_bad=True)
     module = StepModule(loaded.model, loaded.preprocessing)
 
     def gradients(pack: Any) -> tuple[float, dict[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ import torch
 
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.errors import StoppedEarly, UserError
-from llavaforge.files import faults
+from llavaforge.files import differences
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train
 from llavaforge.training.trainer import Trainer
@@ -101,7 +101,7 @@ def test_a_signal_to_the_whole_group_saves_and_says_start_again(
     assert process.returncode == exit_code, err
     assert out == "" and "start again to go on from" in err
     latest = (tmp_path / "run" / "latest").read_text().strip()
-    assert not faults(tmp_path / "run" / latest)
+    assert not differences(tmp_path / "run" / latest)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

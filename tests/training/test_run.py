@@ -12,7 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llavaforge.config import train_types
 from llavaforge.data.load.pack import Pack
 from llavaforge.errors import UserError
-from llavaforge.files import faults
+from llavaforge.files import differences
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import part_of
 from llavaforge.model_folder.tensors import open_tensors
@@ -95,7 +95,7 @@ def test_a_finished_run_is_skipped_and_a_different_one_refused(tiny_llava: Path,
     other = train_config(tiny_llava, shapes / "train", tmp_path / "run", max_steps=2, learning_rate=1e-5)
     with pytest.raises(UserError, match=r"belongs to another run(.|\n)*learning_rate: 0.01 there, 1e-05 now"):
         train(other)
-    assert not faults(tmp_path / "run" / "final")
+    assert not differences(tmp_path / "run" / "final")
 
 
 def test_a_folder_with_something_else_is_refused(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 NUM_TOKENS = 500
 VOCAB_SIZE = 512
-"""Rows of the embedding; more than tokens, as in Qwen1.5, so that `<image>` finds a free row."""
+"""RowNumbers of the embedding; more than tokens, as in Qwen1.5, so that `<image>` finds a free row."""
 
 MAX_POSITIONS = 1024
 PATCHES_PER_CELL = 3

@@ -18,7 +18,7 @@ from typing import Any
 from llavaforge.checkpoint.identity import check_same_run
 from llavaforge.checkpoint.state import PREFIX, RUN, load_run, steps_of
 from llavaforge.errors import UserError
-from llavaforge.files import faults, remove_leftovers, replace_text
+from llavaforge.files import differences, remove_leftovers, replace_text
 from llavaforge.processes.world import World
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def claimed(output_dir: Path, run: dict[str, Any], world: World) -> Iterator[Non
         not on a file system that all hosts share.
     """
     with ExitStack() as held:
-        world.together(lambda: _claim(output_dir, run, held) if world.is_writer else None)
-        token = world.from_writer((output_dir / _LOCK).read_text() if world.is_writer else "")
-        world.together(lambda: _check_shared(output_dir / _LOCK, token))
+        world.run_on_all(lambda: _claim(output_dir, run, held) if world.is_writer else None)
+        token = world.broadcast_object((output_dir / _LOCK).read_text() if world.is_writer else "")
+        world.run_on_all(lambda: _check_shared(output_dir / _LOCK, token))
         yield
 
 
@@ -108,12 +108,12 @@ def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], wo
         UserError: the one asked for is missing, corrupt, or of another run.
     """
 
-    def faults_of(folder: Path) -> list[str]:
-        shares = world.gather(world.together(lambda: faults(folder, world.rank, world.size)))
-        return list(dict.fromkeys(fault for share in shares for fault in share))
+    def differences_of(folder: Path) -> list[str]:
+        shares = world.all_gather_objects(world.run_on_all(lambda: differences(folder, world.rank, world.size)))
+        return list(dict.fromkeys(line for share in shares for line in share))
 
     if isinstance(asked, Path):
-        found = faults_of(asked)
+        found = differences_of(asked)
 
         def check() -> None:
             if found:
@@ -122,13 +122,13 @@ def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], wo
                 )
             check_same_run(asked, load_run(asked)["identity"], run["identity"])
 
-        world.together(check)
+        world.run_on_all(check)
         return asked
-    for step in reversed(world.from_writer(steps_of(output_dir) if world.is_writer else [])):
+    for step in reversed(world.broadcast_object(steps_of(output_dir) if world.is_writer else [])):
         folder = output_dir / f"{PREFIX}{step}"
-        found = faults_of(folder)
+        found = differences_of(folder)
         if not found:
-            world.together(partial(check_same_run, folder, load_run(folder)["identity"], run["identity"]))
+            world.run_on_all(partial(check_same_run, folder, load_run(folder)["identity"], run["identity"]))
             return folder
         if world.is_writer:
             logger.warning("%s is corrupt (%s); falling back to the one before", folder, "; ".join(found))

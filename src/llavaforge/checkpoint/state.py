@@ -43,17 +43,17 @@ def save(
     All processes call this; each writes, sums and flushes its share of the tensors, the writer publishes.
     """
     folder, world = output_dir / f"{PREFIX}{step}", engine.world
-    if world.from_writer(folder.exists()):
+    if world.broadcast_object(folder.exists()):
         return folder
     if not world.is_writer:
-        temporary = Path(world.from_writer(""))
-        world.gather(_write_share(temporary, engine))
+        temporary = Path(world.broadcast_object(""))
+        world.all_gather_objects(_write_shards(temporary, engine))
     else:
         entries: dict[str, dict[str, Any]] = {}
         with publishing(folder, entries) as temporary:
-            world.from_writer(str(temporary))
-            shares = world.gather(_write_share(temporary, engine))
-            shards = [shard for share in shares for shard in share]
+            world.broadcast_object(str(temporary))
+            written = world.all_gather_objects(_write_shards(temporary, engine))
+            shards = [shard for mine in written for shard in mine]
             paths = name_shards(temporary, STEM, [(name, tensors) for name, tensors, _ in shards])
             entries |= {path.name: entry for path, (_, _, entry) in zip(paths, shards, strict=True)}
             (temporary / TRAIN_STATE).write_text(json.dumps(train_state, indent=1) + "\n")
@@ -115,7 +115,7 @@ def steps_of(output_dir: Path) -> list[int]:
     return sorted(int(suffix) for suffix in suffixes if suffix.isdigit())
 
 
-def _write_share(folder: Path, engine: Engine) -> list[tuple[str, list[str], dict[str, Any]]]:
+def _write_shards(folder: Path, engine: Engine) -> list[tuple[str, list[str], dict[str, Any]]]:
     """Write the tensors that fall to this process; return file name, tensor names and manifest entry of each shard."""
     shards = write_numbered(folder, f"{STEM}-of-{engine.world.rank:05d}", _flat(engine))
     for path, _ in shards:

@@ -13,7 +13,7 @@ import torch
 
 from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
 from llavaforge.errors import UserError
-from llavaforge.files import faults, fingerprint
+from llavaforge.files import differences, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.lora import LoraOptions, add_lora, lora_modules, merged_weight, trained_tensors
 from llavaforge.model_folder.tensors import open_tensors
@@ -54,7 +54,7 @@ def read_trained(folder: Path) -> Trained | None:
             f"{folder}: an adapter that llavaforge did not write (no {RUN}). Open it with peft, "
             "or merge it there and give the merged folder."
         )
-    if found := faults(folder):
+    if found := differences(folder):
         raise UserError(f"{folder}: {'; '.join(found)}. Give another checkpoint, or copy it again.")
     run = load_run(folder)
     base = Path(run["base_model"])

@@ -1,7 +1,7 @@
 """From a YAML recipe and command-line flags to one validated config.
 
-Comes in: a recipe path (or none) and overrides. Goes out: an instance of a class of `config/schema.py`. All faults are
-`UserError`s that name the key and the nearest known one.
+Comes in: a recipe path (or none) and overrides. Goes out: an instance of a class of `config/schema.py`. All problems
+are `UserError`s that name the key and the nearest known one.
 """
 
 import difflib
@@ -27,12 +27,12 @@ def build(schema: type[SchemaT], values: Mapping[str, Any], where: str) -> Schem
         where: what to call the source in messages, e.g. `recipe.yaml` or `command line`.
 
     Raises:
-        UserError: one line per fault.
+        UserError: one line per problem.
     """
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(dict(fault), schema) for fault in error.errors()]
+        lines = [_explain(dict(problem), schema) for problem in error.errors()]
         raise UserError(f"{where}: " + "\n".join(dict.fromkeys(lines))) from None
 
 
@@ -59,15 +59,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
-def _explain(fault: dict[str, Any], schema: type[Schema]) -> str:
-    if fault["loc"][0:1] in (("data",), ("eval_data",)) and len(fault["loc"]) > 2:
-        entry = {**fault, "loc": fault["loc"][2:]}
-        return f"{fault['loc'][0]}, entry {fault['loc'][1] + 1}: {_explain(entry, DataEntry)}"
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
+def _explain(problem: dict[str, Any], schema: type[Schema]) -> str:
+    if problem["loc"][0:1] in (("data",), ("eval_data",)) and len(problem["loc"]) > 2:
+        entry = {**problem, "loc": problem["loc"][2:]}
+        return f"{problem['loc'][0]}, entry {problem['loc'][1] + 1}: {_explain(entry, DataEntry)}"
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
         return f"unknown key `{key}`.{nearest(key, schema.model_fields)}"
-    if fault["type"] == "missing":
+    if problem["type"] == "missing":
         return f"`{key}` is missing: give it in the recipe" + (f" or as --{key}." if schema is not DataEntry else ".")
     if not key:
-        return str(fault["msg"]).removeprefix("Value error, ") + "."
-    return f"`{fault['loc'][0]}` = {fault['input']!r}: {fault['msg']}."
+        return str(problem["msg"]).removeprefix("Value error, ") + "."
+    return f"`{problem['loc'][0]}` = {problem['input']!r}: {problem['msg']}."

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TrainType = Literal["full", "freeze_vision", "use_lora", "projector"]
-Part = Literal["vision_tower", "projector", "language_model", "lora"]
+PartName = Literal["vision_tower", "projector", "language_model", "lora"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class WhatLearns:
         projector_learning_rate: the projector's default; None: that of `learning_rate`.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PartName, ...]
     learning_rate: float
     projector_learning_rate: float | None = None
 

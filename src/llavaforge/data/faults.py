@@ -79,14 +79,14 @@ class Fault:
 
     @property
     def where(self) -> str:
-        """The record's place, as in all messages."""
-        return place(self.file, self.row, self.id)
+        """What messages call the record."""
+        return describe_record(self.file, self.row, self.id)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
 
 
-def place(file: str, row: int, id_: str = "") -> str:
+def describe_record(file: str, row: int, id_: str = "") -> str:
     """Return what messages call a record: `rows.jsonl:17 (id 'a')`, or `chat.json row 16 (id 'a')`."""
     counts_lines = ".jsonl" in file or ".ndjson" in file
     name = f"{file}:{row}" if counts_lines else f"{file} row {row}"

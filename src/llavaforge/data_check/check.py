@@ -22,7 +22,7 @@ from rich.text import Text
 from llavaforge.config.schema import DataCheckConfig
 from llavaforge.data.faults import KINDS
 from llavaforge.data.index.index import SampleIndex, open_index, refuse
-from llavaforge.data.order.mixture import Rows, mix, split_held_out
+from llavaforge.data.order.mixture import RowNumbers, mix, split_held_out
 from llavaforge.data.order.plan import Plan, num_steps
 from llavaforge.data_check.charts import histogram
 from llavaforge.data_check.findings import Diagnosis, Finding, examine
@@ -77,8 +77,8 @@ def _open(config: DataCheckConfig, loaded: LoadedModel | None) -> tuple[SampleIn
     entries = list(config.entries)
     entries += config.eval_entries
     index = open_index(entries, processor, num_image_tokens, config)
-    for part in index.parts:
-        refuse([], part.num_records, part.source.name)
+    for data_set in index.data_sets:
+        refuse([], data_set.num_records, data_set.source.name)
     held_out = np.zeros(len(index), dtype=bool)
     if config.eval_entries:
         held_out[index.starts[len(config.entries)] :] = True
@@ -93,7 +93,7 @@ def _outlook(
     """Return what an epoch on these records would be; None without a model, or without a sound record."""
     if loaded is None or held_out.all():
         return None
-    rows: list[Rows] = [
+    rows: list[RowNumbers] = [
         first + np.flatnonzero(~held_out[first:last])
         for first, last in pairwise(index.starts[: len(config.entries) + 1])
     ]
@@ -162,7 +162,7 @@ def _write_report(
     page = render(
         Path(__file__).parent / "check.html.jinja",
         facts=_facts(config, index, held_out),
-        several=len(index.parts) > 1,
+        several=len(index.data_sets) > 1,
         kinds=kinds,
         num_errors=sum(found.by_severity("error").values()),
         num_warnings=sum(found.by_severity("warning").values()),
@@ -174,7 +174,7 @@ def _write_report(
 
 def _facts(config: DataCheckConfig, index: SampleIndex, held_out: Mask) -> dict[str, str]:
     return {
-        "data": ", ".join(part.source.name for part in index.parts),
+        "data": ", ".join(data_set.source.name for data_set in index.data_sets),
         "model": config.model_name_or_path or "none given: tokens and labels were not checked",
         "prompt style": config.prompt_style,
         "records": f"{index.num_records:,}",

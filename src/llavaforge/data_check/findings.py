@@ -80,9 +80,9 @@ def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool, 
         quiet: show no progress.
     """
     found = Diagnosis()
-    for part in index.parts:
-        for fault in part.faults:
-            found.add(Finding(part.source.name, part.contents, fault))
+    for data_set in index.data_sets:
+        for fault in data_set.faults:
+            found.add(Finding(data_set.source.name, data_set.contents, fault))
     starts, keys = image_keys(index)
     row_of_image = np.repeat(np.arange(len(index)), np.diff(starts))
     identities = keys
@@ -109,7 +109,7 @@ class _Decoder:
         self._stores = stores
 
     def __call__(self, images: list[tuple[int, ImageRef]]) -> list[_Seen]:
-        return [self._see(self._stores[part], ref) for part, ref in images]
+        return [self._see(self._stores[data_set], ref) for data_set, ref in images]
 
     def _see(self, store: ImageStore, ref: ImageRef) -> _Seen:
         digest = 0
@@ -128,21 +128,21 @@ def _decode_all(
     """Decode every different image once; return for each image of the index the digest of its contents."""
     _, first = np.unique(keys, return_index=True)
     first.sort()  # in the order of the files, which disks and row groups like
-    decoder = _Decoder([part.source.images for part in index.parts])
+    decoder = _Decoder([data_set.source.images for data_set in index.data_sets])
     digests = np.zeros(len(first), dtype=np.int64)
     sizes = np.zeros((len(first), 2), dtype=np.int64)
     faults: dict[int, tuple[str, str]] = {}
-    place = 0
+    done = 0
     with Bar("decoding images", quiet) as bar:
         for seen in _results(decoder, index, starts, row_of_image, first):
             # What cannot be read has no contents to compare: it is like nothing but itself.
-            digests[place] = seen.digest or keys[first[place]]
-            sizes[place] = seen.width, seen.height
+            digests[done] = seen.digest or keys[first[done]]
+            sizes[done] = seen.width, seen.height
             if seen.fault is not None:
-                faults[int(keys[first[place]])] = seen.fault
-            place += 1
-            share = place / len(first)
-            bar.update(share, f"decoding: {place} images, {100 * share:.0f} %, ")
+                faults[int(keys[first[done]])] = seen.fault
+            done += 1
+            share = done / len(first)
+            bar.update(share, f"decoding: {done} images, {100 * share:.0f} %, ")
     found.image_sizes = sizes
     if faults:
         for at in np.flatnonzero(np.isin(keys, list(faults))):
@@ -163,7 +163,7 @@ def _results(
             task = []
             for at in first[start : start + _IMAGES_PER_TASK].tolist():
                 row = index.row(int(row_of_image[at]))
-                task.append((row.part, row.images[at - int(starts[row_of_image[at]])]))
+                task.append((row.data_set, row.images[at - int(starts[row_of_image[at]])]))
             yield task
 
     for _, results in workers.each(decoder, tasks()):
@@ -229,5 +229,5 @@ def _repeated_images(
 
 def _finding(index: SampleIndex, number: int, kind: str, message: str, path: str = "") -> Finding:
     row = index.row(number)
-    part = index.parts[row.part]
-    return Finding(part.source.name, part.contents, Fault(kind, row.file, row.number, row.id, message, path))
+    data_set = index.data_sets[row.data_set]
+    return Finding(data_set.source.name, data_set.contents, Fault(kind, row.file, row.number, row.id, message, path))

@@ -18,7 +18,7 @@ from llavaforge.data.index.index import Row, SampleIndex
 from llavaforge.data.load.loader import BadImage, PackDataset
 from llavaforge.data.order.plan import MicroBatch
 from llavaforge.data.pixels.decode import inspect
-from llavaforge.data_preview.tokens import Piece, Reader
+from llavaforge.data_preview.tokens import Reader, TokenGroup
 from llavaforge.report.page import count
 
 
@@ -37,7 +37,7 @@ class Picture:
     caption: str
 
 
-class Place(NamedTuple):
+class StepPosition(NamedTuple):
     """Where in the run a sample is seen, counted from 1."""
 
     step: int
@@ -50,26 +50,26 @@ class Card:
 
     Attributes:
         number: of the card, from 1.
-        place: the micro-batch that it is part of.
+        position: the micro-batch that it is part of.
         id: the record's own id, or an empty text.
         where: its file and row.
         data_set: what the user calls its data set.
         length: tokens, image tokens included.
         num_supervised: supervised tokens.
         pictures: its images.
-        pieces: its tokens.
+        groups: its tokens.
         shortened: what was left out to fit `max_length`, or an empty text.
     """
 
     number: int
-    place: Place
+    position: StepPosition
     id: str
     where: str
     data_set: str
     length: int
     num_supervised: int
     pictures: list[Picture]
-    pieces: list[Piece]
+    groups: list[TokenGroup]
     shortened: str
 
 
@@ -94,7 +94,7 @@ class Segment(NamedTuple):
 class Bar:
     """One micro-batch."""
 
-    place: Place
+    position: StepPosition
     segments: list[Segment]
 
     @property
@@ -147,26 +147,26 @@ class CardMaker:
         self._dataset = dataset
         self._reader = Reader(tokenizer, dataset.image_token_id, dataset.num_image_tokens)
 
-    def __call__(self, number: int, sample: int, place: Place) -> Card:
+    def __call__(self, number: int, sample: int, position: StepPosition) -> Card:
         """Return the card of one sample.
 
         Args:
             number: of the card, from 1.
             sample: number of the sample in the index.
-            place: its micro-batch.
+            position: its micro-batch.
         """
         index = self._dataset.index
         row = index.row(sample)
         return Card(
             number=number,
-            place=place,
+            position=position,
             id=row.id,
             where=row._replace(id="").where,
-            data_set=index.parts[row.part].source.name,
+            data_set=index.data_sets[row.data_set].source.name,
             length=row.length,
             num_supervised=int(index.num_supervised[sample]),
             pictures=[self._picture(row, image) for image in range(len(row.images))],
-            pieces=self._reader.pieces(row.ids.tolist(), row.supervised_spans.tolist()),
+            groups=self._reader.groups(row.ids.tolist(), row.supervised_spans.tolist()),
             shortened=_shortened(index, sample),
         )
 
@@ -201,17 +201,17 @@ def bars_of(
         return Segment(cards.get(sample), image, int(index.lengths[sample]) - image - supervised, supervised)
 
     return [
-        Bar(place, [segment(sample) for sample in micro_batch.samples])
-        for micro_batch, place in zip(micro_batches, places_of(micro_batches), strict=True)
+        Bar(position, [segment(sample) for sample in micro_batch.samples])
+        for micro_batch, position in zip(micro_batches, positions_of(micro_batches), strict=True)
     ]
 
 
-def places_of(micro_batches: Sequence[MicroBatch]) -> list[Place]:
+def positions_of(micro_batches: Sequence[MicroBatch]) -> list[StepPosition]:
     """Return where in the run each of some successive micro-batches is; the first one begins a step."""
-    found: list[Place] = []
+    found: list[StepPosition] = []
     for micro_batch in micro_batches:
         step = micro_batch.step + 1
-        found.append(Place(step, found[-1].micro_batch + 1 if found and found[-1].step == step else 1))
+        found.append(StepPosition(step, found[-1].micro_batch + 1 if found and found[-1].step == step else 1))
     return found
 
 

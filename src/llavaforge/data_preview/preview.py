@@ -16,10 +16,10 @@ from llavaforge.config.schema import DataEntry, DataPreviewConfig
 from llavaforge.data.faults import Fault
 from llavaforge.data.index.index import SampleIndex, open_index
 from llavaforge.data.load.loader import PackDataset
-from llavaforge.data.order.mixture import Mixture, deal, without_quarantined
+from llavaforge.data.order.mixture import Mixture, deal, drop_quarantined
 from llavaforge.data.order.plan import MicroBatch, Plan
 from llavaforge.data.pixels.preprocessing import Preprocessing
-from llavaforge.data_preview.cards import CardMaker, Place, Preview, bars_of, places_of
+from llavaforge.data_preview.cards import CardMaker, Preview, StepPosition, bars_of, positions_of
 from llavaforge.data_preview.terminal import show
 from llavaforge.errors import UserError
 from llavaforge.model.flops import FlopCounter
@@ -64,8 +64,8 @@ class _Data:
 
 def _open_data(config: DataPreviewConfig, loaded: LoadedModel) -> _Data:
     index = open_index(config.entries, loaded.processor, loaded.num_image_tokens, config)
-    rows, faults_of_parts = without_quarantined(index, config.quarantine)
-    faults = [fault for mine in faults_of_parts for fault in mine]
+    rows, faults_of_data_sets = drop_quarantined(index, config.quarantine)
+    faults = [fault for mine in faults_of_data_sets for fault in mine]
     if not any(len(mine) for mine in rows):
         raise UserError(_nothing_sound(config.entries, faults))
     mixture, held_out = deal(config, index, rows)
@@ -89,17 +89,17 @@ def _preview(config: DataPreviewConfig, loaded: LoadedModel, data: _Data, plan: 
     dataset = PackDataset(data.index, loaded.preprocessing, loaded.image_token_id, tokens)
     make_card = CardMaker(dataset, loaded.processor.tokenizer)
     micro_batches = _first_micro_batches(plan, config.num_samples)
-    places: dict[int, Place] = {}  # a sample that comes again keeps its first place
-    for micro_batch, place in zip(micro_batches, places_of(micro_batches), strict=True):
-        places |= {sample: places.get(sample, place) for sample in micro_batch.samples}
-    shown = {sample: number for number, sample in enumerate(list(places)[: config.num_samples], 1)}
+    positions: dict[int, StepPosition] = {}  # a sample that comes again keeps its first position
+    for micro_batch, position in zip(micro_batches, positions_of(micro_batches), strict=True):
+        positions |= {sample: positions.get(sample, position) for sample in micro_batch.samples}
+    shown = {sample: number for number, sample in enumerate(list(positions)[: config.num_samples], 1)}
     bars = bars_of(micro_batches, data.index, tokens, shown)
     kept = [bar for number, bar in enumerate(bars) if number < _MOST_BARS or bar.has_card]
     return Preview(
         facts=_facts(config, loaded, data, plan),
         data_sets=_data_sets(data),
         faults=data.faults,
-        cards=[make_card(number, sample, places[sample]) for sample, number in shown.items()],
+        cards=[make_card(number, sample, positions[sample]) for sample, number in shown.items()],
         bars=kept,
         num_more_bars=len(bars) - len(kept),
         most_tokens=config.max_tokens_per_batch or max(bar.num_tokens for bar in bars),
@@ -150,8 +150,10 @@ def _steps(preprocessing: Preprocessing) -> str:
 def _data_sets(data: _Data) -> list[tuple[str, int, int, int]]:
     means = [float(data.index.num_supervised[rows].mean()) for rows in data.mixture.rows]
     return [
-        (part.source.name, len(rows), draws, round(draws * mean))
-        for part, rows, draws, mean in zip(data.index.parts, data.mixture.rows, data.mixture.draws, means, strict=True)
+        (data_set.source.name, len(rows), draws, round(draws * mean))
+        for data_set, rows, draws, mean in zip(
+            data.index.data_sets, data.mixture.rows, data.mixture.draws, means, strict=True
+        )
     ]
 
 

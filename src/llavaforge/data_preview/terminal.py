@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llavaforge.data_preview.cards import Bar, Card, Preview, Segment
-from llavaforge.data_preview.tokens import Piece
+from llavaforge.data_preview.tokens import TokenGroup
 from llavaforge.report.glyphs import visible
 from llavaforge.report.page import count
 
@@ -72,30 +72,30 @@ def _packing(preview: Preview, width: int) -> Iterator[Text]:
 def _card(card: Card, is_terminal: bool) -> Iterator[Text]:
     numbers = f"{count(card.length)} tokens, {count(card.num_supervised)} supervised"
     yield Text(visible(f"Sample {card.number}: {card.id or card.where} ({numbers})"), "bold")
-    yield Text(visible(f"{card.data_set}, {card.where}; step {card.place.step}.{card.place.micro_batch}"), "dim")
+    yield Text(visible(f"{card.data_set}, {card.where}; step {card.position.step}.{card.position.micro_batch}"), "dim")
     if card.shortened:
         yield Text(card.shortened, "yellow")
     for picture in card.pictures:
         seen = picture.url is not None
         yield Text(visible(f"{picture.name}: {picture.caption}" if seen else picture.caption), "dim" if seen else "red")
     text, was_supervised = Text(), False
-    for piece in [*card.pieces, Piece("", ())]:
-        if piece.is_supervised != was_supervised and not is_terminal:
-            text.append("[[" if piece.is_supervised else "]]")
-        was_supervised = piece.is_supervised
-        text.append(_words(piece), _style(piece))
+    for group in [*card.groups, TokenGroup("", ())]:
+        if group.is_supervised != was_supervised and not is_terminal:
+            text.append("[[" if group.is_supervised else "]]")
+        was_supervised = group.is_supervised
+        text.append(_words(group), _style(group))
     text.rstrip()
     yield text
 
 
-def _words(piece: Piece) -> str:
-    return f"{piece.text} x {piece.num_image_tokens}" if piece.num_image_tokens else visible(piece.text)
+def _words(group: TokenGroup) -> str:
+    return f"{group.text} x {group.num_image_tokens}" if group.num_image_tokens else visible(group.text)
 
 
-def _style(piece: Piece) -> str:
-    if piece.is_supervised:
+def _style(group: TokenGroup) -> str:
+    if group.is_supervised:
         return _SUPERVISED
-    return "reverse magenta" if piece.num_image_tokens else "yellow" if piece.is_special else ""
+    return "reverse magenta" if group.num_image_tokens else "yellow" if group.is_special else ""
 
 
 def _counted(number: int, name: str) -> str:
@@ -112,7 +112,7 @@ def _legend() -> Text:
 
 def _bar(bar: Bar, most_tokens: int, width: int) -> Text:
     cells = _cells(bar.segments, most_tokens / width)
-    text = Text(f"{bar.place.step}.{bar.place.micro_batch}".rjust(7) + " ")
+    text = Text(f"{bar.position.step}.{bar.position.micro_batch}".rjust(7) + " ")
     for cell in cells.ljust(width):
         text.append(cell, _STYLES.get(cell, ""))
     tokens, supervised, samples = bar.num_tokens, bar.total("supervised"), len(bar.segments)

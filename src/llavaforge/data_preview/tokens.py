@@ -1,9 +1,9 @@
 r"""A sample's token ids as text for people, in the smallest groups of tokens that are whole characters.
 
-Comes in: ids of a row of the index. Goes out: `Piece`s in order.
+Comes in: ids of a row of the index. Goes out: `TokenGroup`s in order.
 
-    Piece(text="user", ids=(872,))  Piece("\n", (198,))  Piece("<image>", (151646,), num_image_tokens=576)
-    Piece("é", (195, 169))          Piece("red", (1151,), is_supervised=True)
+    TokenGroup("user", (872,))  TokenGroup("\n", (198,))  TokenGroup("<image>", (151646,), num_image_tokens=576)
+    TokenGroup("é", (195, 169))          TokenGroup("red", (1151,), is_supervised=True)
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ _MOST_TOKENS_PER_GROUP = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenGroup:
     """One or a few tokens that are text together.
 
     Attributes:
@@ -37,7 +37,7 @@ class Piece:
 
 
 class Reader:
-    """Turns ids into pieces, for one tokenizer.
+    """Turns ids into groups, for one tokenizer.
 
     Args:
         tokenizer: the model's fast tokenizer.
@@ -50,21 +50,21 @@ class Reader:
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._image_token_id, self._num_image_tokens = image_token_id, num_image_tokens
 
-    def pieces(self, ids: Sequence[int], supervised_spans: Sequence[int]) -> list[Piece]:
-        """Return a sample's pieces.
+    def groups(self, ids: Sequence[int], supervised_spans: Sequence[int]) -> list[TokenGroup]:
+        """Return a sample's groups.
 
         Args:
             ids: one placeholder per image.
             supervised_spans: flat [start, end, ...] over `ids`.
         """
-        found: list[Piece] = []
+        found: list[TokenGroup] = []
         borders = [0, *supervised_spans, len(ids)]
         for number, (start, end) in enumerate(pairwise(borders)):
             before = found[-1].ids if found else ()
             found += self._run([int(i) for i in ids[start:end]], is_supervised=number % 2 == 1, before=before)
         return found
 
-    def _run(self, ids: Sequence[int], is_supervised: bool, before: tuple[int, ...]) -> Iterator[Piece]:
+    def _run(self, ids: Sequence[int], is_supervised: bool, before: tuple[int, ...]) -> Iterator[TokenGroup]:
         group: tuple[int, ...] = ()
         for number, token in enumerate(ids):
             group = (*group, token)
@@ -74,7 +74,8 @@ class Reader:
             if text.endswith(_INCOMPLETE) and not breaks_off and len(group) < _MOST_TOKENS_PER_GROUP:
                 continue
             is_image = token == self._image_token_id
-            yield Piece(text, group, is_supervised, token in self._special, self._num_image_tokens if is_image else 0)
+            num_image_tokens = self._num_image_tokens if is_image else 0
+            yield TokenGroup(text, group, is_supervised, token in self._special, num_image_tokens)
             before, group = group, ()
 
     def _text(self, before: tuple[int, ...], group: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ Facts of DeepSpeed 0.19.8 that this file works around:
 * Under ZeRO-1 and 2 the moments of all parameter groups are linked once the first group has stepped, when the others
   have none yet: they are linked again.
 * `safe_set_full_*` fails under ZeRO-3 where a parameter's size does not divide over the ranks: each rank sets its own
-  share.
+  shard.
 """
 
 import heapq
@@ -86,17 +86,17 @@ class ZeroEngine:
         self._engine.train()
         if originals:
             for name, weight in originals.items():
-                self._set_share(name, weight)
+                self._set_shard(name, weight)
             self._carry_over()
 
     def restore(self, states: Mapping[str, ParameterState], num_steps: int) -> None:
         """See `Engine.restore`."""
         for name, state in states.items():
-            self._set_share(name, state.weight)
+            self._set_shard(name, state.weight)
         self._carry_over()
         for name, state in states.items():
             for key in _MOMENTS:
-                self._set_share(name, getattr(state, key), key)
+                self._set_shard(name, getattr(state, key), key)
         for moments in self._optimizer.optimizer.state.values():
             moments["step"] = self._step_count(num_steps)
 
@@ -132,7 +132,7 @@ class ZeroEngine:
     def local_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine.local_masters`."""
         for name in self._parameters:
-            yield name, self._share(name)
+            yield name, self._shard(name)
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine.masters`."""
@@ -190,36 +190,36 @@ class ZeroEngine:
         full = safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
         return full.detach().float().view(self._shapes[name])
 
-    def _share(self, name: str, key: str | None = None) -> torch.Tensor:
-        """Return this rank's share of a master or of one of its moments, flat, to read or to write."""
+    def _shard(self, name: str, key: str | None = None) -> torch.Tensor:
+        """Return this rank's shard of a master or of one of its moments, flat, to read or to write."""
         parameter: Any = self._parameters[name]
         if self._shards_weights:
-            share, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(
+            shard, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(
                 parameter, release_swap_buffers=False, optim_state_key=key
             )
         elif parameter._hp_mapping is None:  # all of it lies with other ranks
             return torch.empty(0)
         else:
-            share = parameter._hp_mapping.get_hp_fragment(key)
-        flat: torch.Tensor = share.detach()
+            shard = parameter._hp_mapping.get_hp_fragment(key)
+        flat: torch.Tensor = shard.detach()
         return flat
 
-    def _set_share(self, name: str, full: torch.Tensor, key: str | None = None) -> None:
-        """Take this rank's share of a full tensor; of one that is mapped from a file, only that much is read."""
-        share = self._share(name, key)
-        if self._shards_weights:  # equal shares, the last ones padded
-            start = self.world.rank * share.numel()
+    def _set_shard(self, name: str, full: torch.Tensor, key: str | None = None) -> None:
+        """Take this rank's shard of a full tensor; of one that is mapped from a file, only that much is read."""
+        shard = self._shard(name, key)
+        if self._shards_weights:  # equal shards, the last ones padded
+            start = self.world.rank * shard.numel()
         else:
             mapping = self._parameters[name]._hp_mapping  # type: ignore[attr-defined]
             start = mapping.lp_fragment_address.start if mapping is not None else 0
-        mine = full.reshape(-1)[start : start + share.numel()]
-        share[: mine.numel()].copy_(mine)
+        mine = full.reshape(-1)[start : start + shard.numel()]
+        shard[: mine.numel()].copy_(mine)
 
     def _carry_over(self) -> None:
         """Let the weights that compute follow the masters, and have moments (of zero) made."""
         if self._shards_weights:
             for name, parameter in self._parameters.items():
-                self.local(parameter).copy_(self._share(name))
+                self.local(parameter).copy_(self._shard(name))
             for masters in self._optimizer.fp32_partitioned_groups_flat:
                 zeros = {key: torch.zeros_like(masters.data) for key in _MOMENTS}
                 self._optimizer.optimizer.state[masters] = {"step": self._step_count(0), **zeros}

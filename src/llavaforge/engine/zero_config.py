@@ -53,7 +53,7 @@ _STAGE_1_BF16 = _COMMON | {"allgather_bucket_size"}  # DeepSpeed then uses anoth
 _OFFLOAD = {"device", "pin_memory"}
 
 
-def resolve(named: str | None, known: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+def build_settings(named: str | None, known: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
     """Return the complete DeepSpeed settings.
 
     Args:
@@ -66,12 +66,12 @@ def resolve(named: str | None, known: Mapping[str, Any], hidden_size: int) -> di
     """
     path = shipped_deepspeed().get(named or DEFAULT) or Path(str(named))
     settings = _read(path)
-    faults = [*_contradictions(settings, known), *_unknown(settings, known)]
+    problems = [*_contradictions(settings, known), *_unknown(settings, known)]
     bf16 = bool(known["bf16.enabled"])
     zero = settings.get("zero_optimization")
-    faults += _faults_of_zero(zero, bf16) if isinstance(zero, dict) else ["`zero_optimization` is missing"]
-    if faults:
-        raise UserError(f"{path} (deepspeed):\n" + "\n".join(f"  {fault}" for fault in faults))
+    problems += _problems_of_zero(zero, bf16) if isinstance(zero, dict) else ["`zero_optimization` is missing"]
+    if problems:
+        raise UserError(f"{path} (deepspeed):\n" + "\n".join(f"  {problem}" for problem in problems))
     assert isinstance(zero, dict)
     for key, value in known.items():
         _put(settings, key, value)
@@ -153,7 +153,7 @@ def _unknown(settings: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[
             yield f'`{key}` cannot be "auto": nothing in a recipe decides it; give a value or remove it'
 
 
-def _faults_of_zero(zero: Mapping[str, Any], bf16: bool) -> Iterator[str]:
+def _problems_of_zero(zero: Mapping[str, Any], bf16: bool) -> Iterator[str]:
     stage = zero.get("stage")
     if stage not in (1, 2, 3):
         yield f"`zero_optimization.stage` is {stage!r}: give 1, 2 or 3 (without DeepSpeed, start a single process)"
@@ -174,14 +174,14 @@ def _faults_of_zero(zero: Mapping[str, Any], bf16: bool) -> Iterator[str]:
             )
             yield f"`zero_optimization.{key}` has no effect at {at} ({known}); remove it"
         elif key in ("offload_optimizer", "offload_param"):
-            yield from _faults_of_offload(key, value)
+            yield from _problems_of_offload(key, value)
         elif value != _AUTO and not _is_whole(value):
             yield f"`zero_optimization.{key}` is {value!r}: give a whole number, true or false"
         elif value == _AUTO and key not in _auto_sizes(1):
             yield f'`zero_optimization.{key}` cannot be "auto": give a value or remove it'
 
 
-def _faults_of_offload(key: str, value: Any) -> Iterator[str]:
+def _problems_of_offload(key: str, value: Any) -> Iterator[str]:
     if not isinstance(value, dict) or value.get("device", "none") not in ("cpu", "none"):
         yield f'`zero_optimization.{key}` is {value!r}: give {{"device": "cpu"}} or remove it'
         return

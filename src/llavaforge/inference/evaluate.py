@@ -19,7 +19,7 @@ import torch
 
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import DataEntry, EvaluateConfig
-from llavaforge.data.index.index import SampleIndex, open_sound_index
+from llavaforge.data.index.index import SampleIndex, open_checked_index
 from llavaforge.data.index.prepare import records_of
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.load.pack import Pack
@@ -53,8 +53,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     cast_parameters(step_module, compute_dtype(config.bf16))
     step_module.to("cuda" if torch.cuda.is_available() else "cpu")
     entry = DataEntry(path=config.data_path, images=config.image_folder, max_samples=config.max_samples)
-    index = open_sound_index([entry], loaded.processor, loaded.num_image_tokens, config)
-    records = _as_cut(records_of(index.parts[0].source), index)
+    index = open_checked_index([entry], loaded.processor, loaded.num_image_tokens, config)
+    records = _as_cut(records_of(index.data_sets[0].source), index)
     dataset = PackDataset(
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )

@@ -21,7 +21,7 @@ from llavaforge.errors import UserError
 from llavaforge.join.image_processor import prepare_image_processor
 from llavaforge.join.projector import PROJECTOR, check_projector, new_projector, read_projector
 from llavaforge.join.prove import prove, refuse_settings_without_place
-from llavaforge.join.sources import HEAD, TOWER, Part, open_language_model, open_tower, place
+from llavaforge.join.sources import HEAD, TOWER, Part, match_tensors, open_language_model, open_tower
 from llavaforge.join.tensors import EMBEDDING, JoinedTensors, compare_files, part_parameters, stock_shapes
 from llavaforge.join.tokenizer import IMAGE_TOKEN, prepare_tokenizer
 from llavaforge.model_folder.read import read_generation_config
@@ -179,8 +179,10 @@ def _tensors(
     text_shapes = {name: shapes[name] for name in shapes if not name.startswith((TOWER, PROJECTOR))}
     for name in text_shapes.keys() & {EMBEDDING, HEAD}:  # as many rows as the source has
         text_shapes[name] = torch.Size([language_model.config.vocab_size, shapes[name][1]])
-    places = {name: (tower.files, stored) for name, stored in place(tower, tower_shapes).items()}
-    places |= {name: (language_model.files, stored) for name, stored in place(language_model, text_shapes).items()}
+    sources = {name: (tower.files, stored) for name, stored in match_tensors(tower, tower_shapes).items()}
+    sources |= {
+        name: (language_model.files, stored) for name, stored in match_tensors(language_model, text_shapes).items()
+    }
     if config.projector_from:
         projector = read_projector(config.projector_from)
         check_projector(config.projector_from, projector, projector_shapes)
@@ -188,7 +190,7 @@ def _tensors(
         std = getattr(joined_config.text_config, "initializer_range", None) or 0.02
         projector = new_projector(projector_shapes, std, config.seed, joined_config.dtype)
     return JoinedTensors(
-        places=places,
+        sources=sources,
         projector={PROJECTOR + name: tensor for name, tensor in projector.items()},
         num_embeddings=joined_config.text_config.vocab_size,
         dtype=None if config.torch_dtype == "auto" else joined_config.dtype,

@@ -114,7 +114,7 @@ def _load(part: Part, dtype: torch.dtype) -> Any:
         model, report = model_class.from_pretrained(
             None, config=part.config, state_dict=state, dtype=dtype, output_loading_info=True
         )
-    # What is too many was judged by `place`; here only what a source lacks matters.
+    # What is too many was judged by `match_tensors`; here only what a source lacks matters.
     check_report(part.folder, {"missing_keys": report["missing_keys"], "mismatched_keys": report["mismatched_keys"]})
     return model.eval()
 

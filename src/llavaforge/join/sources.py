@@ -92,7 +92,7 @@ def open_language_model(name: str) -> Part:
     return Part(folder, config, open_tensors(folder), lambda stored: _language_model_name(stored, prefix), False)
 
 
-def place(part: Part, expected: Mapping[str, torch.Size]) -> dict[str, str]:
+def match_tensors(part: Part, expected: Mapping[str, torch.Size]) -> dict[str, str]:
     """Find for each tensor of the stock model the one tensor of the part that goes there.
 
     Args:

@@ -1,7 +1,7 @@
 """Every tensor of the joined model, streamed from the parts' files.
 
-Comes in: where each tensor is (`sources.place`), the projector, and how far the embedding grows. Goes out: names and
-tensors of the stock LLaVA, in the parts' own bytes.
+Comes in: where each tensor is (`sources.match_tensors`), the projector, and how far the embedding grows. Goes out:
+names and tensors of the stock LLaVA, in the parts' own bytes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,19 +46,19 @@ class JoinedTensors:
     """The tensors of the joined model; each iteration reads them anew, one at a time.
 
     Attributes:
-        places: name in the stock model -> (files of the part, name in them).
+        sources: name in the stock model -> (files of the part, name in them).
         projector: name in the stock model -> tensor.
         num_embeddings: rows of the embedding (and of an untied head) in the joined model.
         dtype: type of all tensors; None keeps each one's own.
     """
 
-    places: Mapping[str, tuple[TensorFiles, str]]
+    sources: Mapping[str, tuple[TensorFiles, str]]
     projector: Mapping[str, torch.Tensor]
     num_embeddings: int
     dtype: torch.dtype | None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, (files, stored) in self.places.items():
+        for name, (files, stored) in self.sources.items():
             tensor = files[stored] if self.dtype is None else files.converted(stored, self.dtype)
             if name in (EMBEDDING, HEAD) and len(tensor) < self.num_embeddings:
                 tensor = _grow(tensor, self.num_embeddings)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-# Supervised tokens per piece of logits: 1024 x 151,936 floats are 0.6 GB, the most that is alive at a time.
+# Supervised tokens per chunk of logits: 1024 x 151,936 floats are 0.6 GB, the most that is alive at a time.
 CHUNK = 1024
 
 
@@ -23,13 +23,13 @@ def loss_sum(
 ) -> torch.Tensor:
     """Return the summed cross-entropy of the supervised tokens; logits exist for those alone.
 
-    More than `CHUNK` of them are done in pieces whose logits are computed again in the backward pass. All ranks make
-    the same number of pieces: under ZeRO-3 each one gathers the head's weights from all of them.
+    More than `CHUNK` of them are done in chunks whose logits are computed again in the backward pass. All ranks make
+    the same number of chunks: under ZeRO-3 each one gathers the head's weights from all of them.
 
     Args:
         lm_head: the language head, (.., D) -> (.., V).
         hidden_TD: last hidden states.
-        predictors_S: places in T that predict a supervised token.
+        predictors_S: positions in T that predict a supervised token.
         targets_S: the tokens to predict.
         most_supervised: supervised tokens of the rank that has most of them now.
 
@@ -37,14 +37,14 @@ def loss_sum(
         A float32 scalar.
     """
     chosen = hidden_TD[predictors_S]
-    num_pieces = math.ceil(max(len(targets_S), most_supervised) / CHUNK)
-    if num_pieces <= 1:
+    num_chunks = math.ceil(max(len(targets_S), most_supervised) / CHUNK)
+    if num_chunks <= 1:
         return _chunk_loss(lm_head, chosen, targets_S)
-    pieces = [
+    chunks = [
         checkpoint(_chunk_loss, lm_head, hidden, targets, use_reentrant=False)
-        for hidden, targets in zip(chosen.tensor_split(num_pieces), targets_S.tensor_split(num_pieces), strict=True)
+        for hidden, targets in zip(chosen.tensor_split(num_chunks), targets_S.tensor_split(num_chunks), strict=True)
     ]
-    return torch.stack(pieces).sum()
+    return torch.stack(chunks).sum()
 
 
 def _chunk_loss(lm_head: nn.Module, hidden_SD: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:

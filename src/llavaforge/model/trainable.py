@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llavaforge.config.schema import DataOptions, TrainConfig
-from llavaforge.config.train_types import TRAIN_TYPES, Part
+from llavaforge.config.train_types import TRAIN_TYPES, PartName
 from llavaforge.model.lora import LoraOptions, add_lora, is_lora
 from llavaforge.model.tower import unused_modules
 
@@ -29,7 +29,7 @@ class Group:
         parameters: by module name.
     """
 
-    part: Part
+    part: PartName
     learning_rate: float
     weight_decay: float
     parameters: dict[str, nn.Parameter]
@@ -40,7 +40,7 @@ class Group:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
-def part_of(name: str) -> Part:
+def part_of(name: str) -> PartName:
     """Return the part that a parameter of a stock Llava belongs to, by its module name."""
     if is_lora(name):
         return "lora"
@@ -51,7 +51,7 @@ def part_of(name: str) -> Part:
     return "language_model"
 
 
-def set_trainable(model: Any, options: DataOptions) -> dict[Part, dict[str, nn.Parameter]]:
+def set_trainable(model: Any, options: DataOptions) -> dict[PartName, dict[str, nn.Parameter]]:
     """Freeze everything, then free what the train type lets learn.
 
     Args:
@@ -65,7 +65,7 @@ def set_trainable(model: Any, options: DataOptions) -> dict[Part, dict[str, nn.P
         add_lora(model, lora, options.seed)
     model.requires_grad_(False)
     never = {id(p) for module in unused_modules(model) for p in module.parameters()}
-    learning: dict[Part, dict[str, nn.Parameter]] = {}
+    learning: dict[PartName, dict[str, nn.Parameter]] = {}
     for part in TRAIN_TYPES[options.train_type].parts:
         learning[part] = {n: p for n, p in model.named_parameters() if part_of(n) == part and id(p) not in never}
         for parameter in learning[part].values():
@@ -86,7 +86,7 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[Group]:
     ]
 
 
-def learning_rate(config: TrainConfig, part: Part | None = None) -> float:
+def learning_rate(config: TrainConfig, part: PartName | None = None) -> float:
     """Return the peak learning rate of a part (by default the one that `learning_rate` names)."""
     what = TRAIN_TYPES[config.train_type]
     base = what.learning_rate if config.learning_rate is None else config.learning_rate

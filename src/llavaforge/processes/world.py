@@ -1,7 +1,7 @@
 """The processes of a run, and what they tell each other outside of a step.
 
-Comes in: the places that `launch.py` read from the environment. Goes out: sums, messages, a common end. A process-wide
-thing, like torch's process group: it is opened by the first run of a process and stays open for the next.
+Comes in: rank and world size as `launch.py` read them from the environment. Goes out: sums, messages, a common end. A
+process-wide thing, like torch's process group: it is opened by the first run of a process and stays open for the next.
 
 Two groups: the default one (NCCL or gloo) carries the steps and their sums; a gloo group of its own carries the rest.
 That one may wait for a day (a rank that tokenises 100 million records lets the others wait), because the heartbeat
@@ -27,7 +27,7 @@ from llavaforge.processes.heartbeat import Heartbeat, Hub
 T = TypeVar("T")
 
 _STEP_TIMEOUT = timedelta(minutes=30)  # of a collective within a step; the heartbeat ends a stuck run long before
-_TALK_TIMEOUT = timedelta(days=1)
+_CONTROL_TIMEOUT = timedelta(days=1)
 
 
 class World:
@@ -44,7 +44,7 @@ class World:
         self.rank, self.size = rank, size
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_first_on_host = True
-        self._talk: dist.ProcessGroup | None = None
+        self._control_group: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None
         self._hub: Hub | None = None
         self._has_failed = False
@@ -64,68 +64,68 @@ class World:
         if self._heartbeat is not None:
             self._heartbeat.at(where, timed)
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of some numbers over all processes."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def most(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Return the maxima of some numbers over all processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_objects(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
-        if self._talk is None:
+        if self._control_group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._talk)
+        dist.all_gather_object(values, value, group=self._control_group)
         return values
 
-    def from_writer(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Return the writer's value on every process."""
-        if self._talk is None:
+        if self._control_group is None:
             return value
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0, group=self._talk)
+        dist.broadcast_object_list(values, src=0, group=self._control_group)
         return values[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        if self._talk is not None:
-            dist.barrier(group=self._talk)
+        if self._control_group is not None:
+            dist.barrier(group=self._control_group)
 
-    def together(self, act: Callable[[], T]) -> T:
+    def run_on_all(self, function: Callable[[], T]) -> T:
         """Do something on every process; when it fails on one, fail on all of them.
 
         Args:
-            act: must not wait for other processes.
+            function: must not wait for other processes.
 
         Returns:
             What it returned here.
 
         Raises:
-            UserError, StoppedEarly, OSError: as raised by `act`, on the lowest rank where it failed.
+            UserError, StoppedEarly, OSError: as raised by `function`, on the lowest rank where it failed.
             EndedElsewhere: on the others.
         """
         error: Exception | None = None
         try:
-            value = act()
+            value = function()
         except (UserError, StoppedEarly, OSError) as caught:
             error = caught
-        codes = self.gather(None if error is None else getattr(error, "exit_code", 1))
+        codes = self.all_gather_objects(None if error is None else getattr(error, "exit_code", 1))
         failed = [(rank, code) for rank, code in enumerate(codes) if code is not None]
         if not failed:
             return value
         rank, code = failed[0]
         raise agreed(error if error is not None and rank == self.rank else EndedElsewhere(code))
 
-    def first_on_host(self, act: Callable[[], T]) -> T:
+    def run_on_first_of_host(self, function: Callable[[], T]) -> T:
         """Do something on the first process of each host, and then on the others (which find it done)."""
         if self.is_first_on_host:
-            value = self.together(act)
-            self.together(lambda: None)
+            value = self.run_on_all(function)
+            self.run_on_all(lambda: None)
             return value
-        self.together(lambda: None)
-        return self.together(act)
+        self.run_on_all(lambda: None)
+        return self.run_on_all(function)
 
     def fail(self, error: Exception) -> NoReturn:
         """Raise an error that every process has met: the writer's, which tells the user, and `EndedElsewhere`."""
@@ -151,7 +151,7 @@ class World:
             dist.destroy_process_group()
 
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
-        if self._talk is None:
+        if self._control_group is None:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         # By the group of the steps: NCCL does it at once, where a gloo ring takes one hop a rank.
@@ -173,14 +173,14 @@ class World:
             backend, store=store, rank=self.rank, world_size=self.size, timeout=_STEP_TIMEOUT,
             device_id=self.device if backend == "nccl" else None,
         )  # fmt: skip
-        self._talk = dist.new_group(backend="gloo", timeout=_TALK_TIMEOUT)
-        hosts = self.gather((socket.gethostname(), _device_id(self.device)))
+        self._control_group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+        hosts = self.all_gather_objects((socket.gethostname(), _device_id(self.device)))
         self.is_first_on_host = hosts[self.rank][0] not in [host for host, _ in hosts[: self.rank]]
-        self.together(lambda: _check_devices(hosts, self.rank))
+        self.run_on_all(lambda: _check_devices(hosts, self.rank))
         if self.size > 1:
             if self.is_writer:
                 self._hub = Hub(self.size, timeout_s)
-            port = self.from_writer(self._hub.port if self._hub else 0)
+            port = self.broadcast_object(self._hub.port if self._hub else 0)
             self._heartbeat = Heartbeat(self.rank, self.size, (os.environ["MASTER_ADDR"], port), timeout_s)
 
 

@@ -21,13 +21,13 @@ class Glyphs(NamedTuple):
 def glyphs(text: str) -> list[Glyphs]:
     """Split a text at the characters that cannot be seen."""
     found, begin = [], 0
-    for place, character in enumerate(text):
+    for position, character in enumerate(text):
         if (sign := _sign(character)) is None:
             continue
-        if begin < place:
-            found.append(Glyphs("", text[begin:place]))
+        if begin < position:
+            found.append(Glyphs("", text[begin:position]))
         found.append(Glyphs(sign, character if character in "\n\t" else ""))
-        begin = place + 1
+        begin = position + 1
     return [*found, Glyphs("", text[begin:])] if begin < len(text) else found
 
 

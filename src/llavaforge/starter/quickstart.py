@@ -1,4 +1,4 @@
-"""`llavaforge quickstart`: the seed's own path on tiny parts, without network or GPU.
+"""`llavaforge quickstart`: the whole path of a real run on tiny parts, without network or GPU.
 
     data -> customize-model -> stage 1 (projector, captions) -> stage 2 (use_lora, questions) -> evaluate -> export
     -> one answer by plain transformers

@@ -36,7 +36,7 @@ class BadSamples:
         self._path, self._left_out, self._bound, self._is_writer = output_dir / BAD_SAMPLES, left_out, bound, is_writer
         self._seen: dict[str, None] = {}
 
-    def take_up(self, start_step: int, seen: Sequence[str]) -> None:
+    def resume(self, start_step: int, seen: Sequence[str]) -> None:
         """Begin, or go on after `start_step`: lines of steps that will be done again are dropped.
 
         Args:
@@ -54,7 +54,7 @@ class BadSamples:
 
     @property
     def in_images(self) -> list[str]:
-        """The places of the records that a step had to leave out, each once."""
+        """The names of the records that a step had to leave out, each once."""
         return list(self._seen)
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class BadSamples:
         with self._path.open("a") as file:
             file.writelines(_line(step, held_out, fault) + "\n" for fault in new.values())
 
-    def tell(self) -> None:
+    def log_summary(self) -> None:
         """Say at the end what was left out."""
         if len(self) and self._is_writer:
             logger.warning(
@@ -90,7 +90,7 @@ class BadSamples:
             )  # fmt: skip
 
 
-def accept(name: str, faults: Sequence[Fault], bound: int) -> None:
+def check_bound(name: str, faults: Sequence[Fault], bound: int) -> None:
     """Check that a data set has no more faulty records than a run may leave out.
 
     Raises:

@@ -52,7 +52,7 @@ class Contract:
         changed = [name for name, before in self._frozen_before.items() if frozen[name] != before]
         moved = sorted({self._part[name] for name, before in self._masters_before.items() if masters[name] != before})
         world = self._engine.world
-        everywhere = world.gather((changed, moved))
+        everywhere = world.all_gather_objects((changed, moved))
         changed = sorted({name for names, _ in everywhere for name in names})
         if changed:
             world.fail(ContractError(f"{len(changed)} frozen tensors changed, for example {changed[0]}."))

@@ -12,10 +12,10 @@ import numpy as np
 from llavaforge.config.schema import DataEntry, TrainConfig
 from llavaforge.data.faults import Fault
 from llavaforge.data.index.index import SampleIndex, open_index, refuse, refuse_missing
-from llavaforge.data.order.mixture import Mixture, Rows, deal, without_quarantined
+from llavaforge.data.order.mixture import Mixture, RowNumbers, deal, drop_quarantined
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
-from llavaforge.training.bad_samples import accept
+from llavaforge.training.bad_samples import check_bound
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class HeldOut:
     """Held-out data: an index and the rows of it that are evaluated."""
 
     index: SampleIndex
-    rows: Rows
+    rows: RowNumbers
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def open_data(config: TrainConfig, loaded: LoadedModel, quiet: bool) -> OpenedDa
     index, rows, left_out = _sound(config, config.entries, loaded, quiet)
     if not index.num_images.any():
         raise UserError(
-            f"{index.parts[0].source.name}: no record has an image, so the projector would learn nothing. "
+            f"{index.data_sets[0].source.name}: no record has an image, so the projector would learn nothing. "
             "Add image-text data."
         )
     mixture, kept = deal(config, index, rows)
@@ -64,18 +64,18 @@ def open_data(config: TrainConfig, loaded: LoadedModel, quiet: bool) -> OpenedDa
 
 def _sound(
     config: TrainConfig, entries: Sequence[DataEntry], loaded: LoadedModel, quiet: bool
-) -> tuple[SampleIndex, list[Rows], list[Fault]]:
+) -> tuple[SampleIndex, list[RowNumbers], list[Fault]]:
     """Return an index, the rows of each data set that may be used, and the faults of the others."""
     index = open_index(entries, loaded.processor, loaded.num_image_tokens, config, quiet)
-    rows, faults = without_quarantined(index, config.quarantine)
+    rows, faults = drop_quarantined(index, config.quarantine)
     if config.quarantine is not None and not quiet:
         num_left_out = index.num_records
         num_left_out -= sum(map(len, rows)) + sum(map(len, faults))
         logger.info("%s leaves out %d records", config.quarantine, num_left_out)
-    for part, mine in zip(index.parts, faults, strict=True):
+    for data_set, mine in zip(index.data_sets, faults, strict=True):
         if config.on_bad_sample == "stop":
-            refuse(mine, part.num_records, part.source.name)
-            refuse_missing(part)
+            refuse(mine, data_set.num_records, data_set.source.name)
+            refuse_missing(data_set)
     left_out = [fault for mine in faults for fault in mine]
-    accept(" and ".join(part.source.name for part in index.parts), left_out, config.max_bad_samples)
+    check_bound(" and ".join(data_set.source.name for data_set in index.data_sets), left_out, config.max_bad_samples)
     return index, rows, left_out

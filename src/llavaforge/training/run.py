@@ -22,7 +22,7 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.data.order.plan import Plan, check_world, num_steps
 from llavaforge.engine import zero_config
 from llavaforge.engine.open import open_engine
-from llavaforge.files import faults
+from llavaforge.files import differences
 from llavaforge.join.projector import check_projector, read_projector
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, compute_dtype, load_model
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     needs_group = any(stage.deepspeed for stage in stages)
     with StopRequest() as stop, open_world(size, config.stuck_timeout_s, needs_group) as world:
         for number, stage in enumerate(stages, 1):
-            world.together(stop.check)
+            world.run_on_all(stop.check)
             if stage is not config and world.is_writer:
                 logger.info("stage %d of %d: %s (%s)", number, len(stages), stage.output_dir.name, stage.train_type)
             result = _run_stage(stage, world, stop)
@@ -73,21 +73,21 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
     logging.getLogger("llavaforge").setLevel(logging.INFO if world.is_writer else logging.WARNING)
     console = Console(stderr=True, quiet=not world.is_writer)
     world.at("checking the recipe")
-    settings = world.together(lambda: _settle(config, world))
+    settings = world.run_on_all(lambda: _settle(config, world))
     world.at("loading the model")
-    loaded = world.together(lambda: _load(config))
-    groups = world.together(lambda: parameter_groups(loaded.model, config))
+    loaded = world.run_on_all(lambda: _load(config))
+    groups = world.run_on_all(lambda: parameter_groups(loaded.model, config))
     flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     world.at("opening the data")
-    data = world.first_on_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
+    data = world.run_on_first_of_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
     if len(config.entries) > 1:
         console.print(data.mixture.table(config.entries, data.index.num_supervised))
-    plan = world.together(lambda: _plan(config, data, flops, world))
+    plan = world.run_on_all(lambda: _plan(config, data, flops, world))
     lora = lora_options(config)
     run = _describe(config, loaded, data, plan, lora)
     with resume.claimed(config.output_dir, run, world):
         final = config.output_dir / FINAL
-        if world.from_writer(final.is_dir() and not faults(final) if world.is_writer else False):
+        if world.broadcast_object(final.is_dir() and not differences(final) if world.is_writer else False):
             logger.info("%s is finished already: skipped", config.output_dir)
             return load_run(final)["result"] | {"output_dir": str(config.output_dir)}
         engine = open_engine(world, settings)
@@ -95,7 +95,7 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
         trainer = Trainer(
             config, engine, loaded, groups, flops, data.index, plan, data.held_out, bad_samples, run, console
         )
-        trainer.take_up()
+        trainer.resume()
         with stop.postponed():
             result = trainer.train(stop)
             world.at("writing the finished model")
@@ -111,7 +111,7 @@ def _settle(config: TrainConfig, world: World) -> dict[str, Any] | None:
     if world.size == 1 and config.deepspeed is None:
         return None
     hidden_size = int(read_config(find_model_folder(config.model_name_or_path)).get_text_config().hidden_size)
-    settings = zero_config.resolve(config.deepspeed, _decided(config, batch, world.size), hidden_size)
+    settings = zero_config.build_settings(config.deepspeed, _decided(config, batch, world.size), hidden_size)
     zero_config.check_installed(settings)
     return settings
 

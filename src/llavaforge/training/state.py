@@ -19,7 +19,7 @@ class TrainState:
         train_time_s: seconds spent in steps.
         model_flops: model FLOPs done in them.
         eval_loss: newest held-out loss, or None.
-        bad_samples: places of the records that steps left out (`on_bad_sample: skip`).
+        bad_samples: what messages call the records that steps left out (`on_bad_sample: skip`).
     """
 
     step: int = 0

@@ -84,7 +84,7 @@ class Trainer:
         self._warmup = warmup(plan.num_steps, config.warmup_ratio, config.warmup_steps)
         self._skipped_in_a_row = 0
 
-    def take_up(self) -> None:
+    def resume(self) -> None:
         """Prepare the engine, go on from a checkpoint, show the contract."""
         config, model, world = self._config, self._loaded.model, self._world
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -100,7 +100,7 @@ class Trainer:
             applied = self._state.step - self._state.num_skipped
             self._engine.restore(checkpoints.ParameterStates(folder), applied)
             logger.info("going on from %s", folder)
-        self._bad_samples.take_up(self._state.step, self._state.bad_samples)
+        self._bad_samples.resume(self._state.step, self._state.bad_samples)
         show_groups(self._groups, num_parameters, self._console)
         self._show_first_sample()
         self._contract = Contract(model, self._groups, self._engine)
@@ -142,7 +142,7 @@ class Trainer:
                     self._save()
         if self._state.num_moving_steps < self._prove_at:
             logger.warning("contract not proved: that takes %d steps with a learning rate above 0", STEPS_BEFORE_PROOF)
-        self._bad_samples.tell()
+        self._bad_samples.log_summary()
         self._draw()
         return self._result(peak)
 
@@ -158,7 +158,7 @@ class Trainer:
         self._at("optimizer step")
         factor = rate_factor(state.step, self._plan.num_steps, self._warmup, config.lr_scheduler_type)
         result = self._engine.step(factor)
-        loss_sum = self._world.sum([loss_sum])[0]
+        loss_sum = self._world.all_reduce_sum([loss_sum])[0]
         self._count_skips(result.skipped)
         if not result.skipped:
             state.loss_sum += loss_sum
@@ -191,7 +191,7 @@ class Trainer:
 
     def _measure(self, packs: list[Pack], seconds: float, loss: float, peak: float) -> dict[str, Any]:
         flops = sum(self._flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
-        tokens, flops = self._world.sum([sum(pack.num_tokens for pack in packs), flops])
+        tokens, flops = self._world.all_reduce_sum([sum(pack.num_tokens for pack in packs), flops])
         self._state.num_tokens += int(tokens)
         self._state.model_flops += flops
         self._state.train_time_s += seconds
@@ -216,9 +216,9 @@ class Trainer:
     def _agree(self, fault: UserError | None, stop: StopRequest) -> None:
         """Stop on all processes when one must: save first, so that nothing is lost."""
         self._at("waiting for the other processes to have read their images")
-        has_fault, code = self._world.most([float(fault is not None), float(stop.exit_code)])
+        has_fault, code = self._world.all_reduce_max([float(fault is not None), float(stop.exit_code)])
         if has_fault:
-            self._stop_for(next(text for text in self._world.gather(str(fault) if fault else "") if text))
+            self._stop_for(next(text for text in self._world.all_gather_objects(str(fault) if fault else "") if text))
         if code:
             step, where = self._state.step, self._save_what_is_done()
             go_on = f"after step {step}; start again to go on from {where}" if where else "before step 1; start again"
@@ -230,7 +230,7 @@ class Trainer:
         if self._config.on_bad_sample == "stop":
             return planned
         bad = [one for pack in packs for one in pack.bad]
-        lost = int(self._world.sum([sum(one.num_supervised for one in bad)])[0])
+        lost = int(self._world.all_reduce_sum([sum(one.num_supervised for one in bad)])[0])
         if not lost:
             return planned
         self._list(self._state.step + 1, [one.fault for one in bad])
@@ -239,7 +239,7 @@ class Trainer:
         return planned - lost
 
     def _list(self, step: int, faults: list[Fault], held_out: bool = False) -> None:
-        everywhere = [fault for share in self._world.gather(faults) for fault in share]
+        everywhere = [fault for share in self._world.all_gather_objects(faults) for fault in share]
         try:
             self._bad_samples.add(step, everywhere, held_out)
         except UserError as error:
@@ -288,7 +288,7 @@ class Trainer:
                 faults += [one.fault for one in pack.bad]
         if config.on_bad_sample == "skip":
             self._list(self._state.step, faults, held_out=True)
-        total_loss, total_count = world.sum([loss, count])
+        total_loss, total_count = world.all_reduce_sum([loss, count])
         return total_loss / total_count
 
     def _save(self) -> Path:
@@ -316,7 +316,7 @@ class Trainer:
         loaded = self._loaded
         return PackDataset(
             index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens,
-            mutes_bad=self._config.on_bad_sample == "skip",
+            masks_bad=self._config.on_bad_sample == "skip",
         )  # fmt: skip
 
     def _pins(self) -> bool:

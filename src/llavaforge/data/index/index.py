@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data.faults import Fault, RecordError, place
+from llavaforge.data.faults import Fault, RecordError, describe_record
 from llavaforge.data.index.fingerprint import contents_of
 from llavaforge.data.index.prepare import faults_of, prepared
 from llavaforge.data.rows.sources import Source, find_source
@@ -43,9 +43,9 @@ class Row(NamedTuple):
     """One sample.
 
     Attributes:
-        part: number of its data set in the index.
+        data_set: number of its data set in the index.
         file: name of its record's file.
-        number: of the record in the file, as `faults.place` counts.
+        number: of the record in the file, as `faults.describe_record` counts.
         id: its record's own id.
         images: in the order of their placeholders.
         ids: token ids, one placeholder per image.
@@ -53,7 +53,7 @@ class Row(NamedTuple):
         length: tokens once the image tokens are written out.
     """
 
-    part: int
+    data_set: int
     file: str
     number: int
     id: str
@@ -64,8 +64,8 @@ class Row(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The record's place, for messages."""
-        return place(self.file, self.number, self.id)
+        """What messages call the record."""
+        return describe_record(self.file, self.number, self.id)
 
     def fault(self, error: RecordError) -> Fault:
         """Return an error as a fault of this record."""
@@ -92,7 +92,7 @@ class _Batch:
 
 
 @dataclass(frozen=True)
-class IndexPart:
+class DataSetIndex:
     """The samples of one data set.
 
     Attributes:
@@ -124,16 +124,16 @@ class IndexPart:
         return contents_of(self.source)
 
     def image_paths(self) -> pa.ChunkedArray:
-        """Return every image's path (or place in a file), row by row: equal texts are the same image."""
+        """Return every image's path (or location in a file), row by row: equal texts are the same image."""
         root = self.source.images.root
         real = pa.array([os.path.realpath(path) for path in self.source.images.containers])
         first_file = 1 if root.is_dir() else 0
         chunks = []
         for batch in self._batches:
             name, container, offset, size, _ = batch.column("images").values.flatten()
-            place_ = [pa.compute.cast(column, pa.string()) for column in (offset, size)]
+            location = [pa.compute.cast(column, pa.string()) for column in (offset, size)]
             file = real.take(pa.compute.max_element_wise(container, 0))
-            in_file = pa.compute.binary_join_element_wise(file, *place_, "#")
+            in_file = pa.compute.binary_join_element_wise(file, *location, "#")
             by_name = pa.compute.binary_join_element_wise(real[0], _without_detours(name), "/")
             inline = pa.compute.starts_with(name, "data:")
             named = pa.compute.if_else(inline, name, by_name)
@@ -152,14 +152,14 @@ class IndexPart:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def row(self, number: int, part: int = 0) -> Row:
+    def row(self, number: int, data_set: int = 0) -> Row:
         """Return one row."""
         chunk = bisect_right(self._starts, number) - 1
         if (batch := self._views.get(chunk)) is None:
             batch = self._views[chunk] = _Batch(self._batches[chunk])
         at = number - self._starts[chunk]
         return Row(
-            part,
+            data_set,
             self._file_names[batch.file[at]],
             int(batch.row[at]),
             batch.id[at].as_py(),
@@ -191,15 +191,15 @@ class SampleIndex:
     """Random access to the samples of one or several data sets, numbered one data set after the other.
 
     Attributes:
-        parts: the data sets.
+        data_sets: the data sets.
     """
 
-    parts: tuple[IndexPart, ...]
+    data_sets: tuple[DataSetIndex, ...]
 
     @cached_property
     def starts(self) -> list[int]:
-        """Number of the first sample of each part, and of all samples."""
-        return [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
+        """Number of the first sample of each data_set, and of all samples."""
+        return [0, *np.cumsum([len(data_set) for data_set in self.data_sets]).tolist()]
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -214,30 +214,32 @@ class SampleIndex:
     @cached_property
     def num_images(self) -> npt.NDArray[np.int64]:
         """Images per sample."""
-        counts = [pa.compute.list_value_length(part.table.column("images")).to_numpy() for part in self.parts]
+        counts = [
+            pa.compute.list_value_length(data_set.table.column("images")).to_numpy() for data_set in self.data_sets
+        ]
         return np.concatenate(counts).astype(np.int64)
 
     @property
     def num_records(self) -> int:
         """Sound and faulty records together."""
-        return sum(part.num_records for part in self.parts)
+        return sum(data_set.num_records for data_set in self.data_sets)
 
     @property
     def fingerprint(self) -> str:
         """Identifies data, tokenizer, template and options."""
-        return "+".join(part.fingerprint[:16] for part in self.parts)
+        return "+".join(data_set.fingerprint[:16] for data_set in self.data_sets)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """Return a column of numbers over all samples."""
-        return np.concatenate([part.numbers(name) for part in self.parts])
+        return np.concatenate([data_set.numbers(name) for data_set in self.data_sets])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def row(self, number: int) -> Row:
         """Return one row."""
-        part = bisect_right(self.starts, number, hi=len(self.parts)) - 1
-        return self.parts[part].row(number - self.starts[part], part)
+        data_set = bisect_right(self.starts, number, hi=len(self.data_sets)) - 1
+        return self.data_sets[data_set].row(number - self.starts[data_set], data_set)
 
     def read_image(self, row: Row, number: int = 0) -> tuple[bytes, str]:
         """Return the bytes of a row's image and what messages call it.
@@ -245,7 +247,7 @@ class SampleIndex:
         Raises:
             RecordError: it is not there any more.
         """
-        images = self.parts[row.part].source.images
+        images = self.data_sets[row.data_set].source.images
         return images.read(row.images[number]), images.name(row.images[number])
 
 
@@ -256,7 +258,7 @@ def open_index(
     options: SampleOptions,
     quiet: bool = False,
 ) -> SampleIndex:
-    """Open the index of data sets, preparing what is not in the cache. Faulty records are in `parts[i].faults`.
+    """Open the index of data sets, preparing what is not in the cache. Faulty records are in `data_sets[i].faults`.
 
     Args:
         data: a path as in `TrainConfig.data_path`, or the entries of `TrainConfig.data`.
@@ -271,12 +273,12 @@ def open_index(
     entries = [DataEntry(path=data, images=options.image_folder)] if isinstance(data, Path) else data
     builder = sample_builder(processor, num_image_tokens, options) if processor is not None else None
     cache = cache_dir(options.cache_dir)
-    parts = []
+    data_sets = []
     for entry in entries:
         source = find_source(entry, cache)
         path, fingerprint = prepared(source, builder, cache, quiet)
-        parts.append(IndexPart(path, source, fingerprint))
-    index = SampleIndex(tuple(parts))
+        data_sets.append(DataSetIndex(path, source, fingerprint))
+    index = SampleIndex(tuple(data_sets))
     if not quiet:
         _report(index)
     return index
@@ -287,7 +289,7 @@ def cache_dir(chosen: Path | str | None) -> Path:
     return Path(chosen or os.environ.get("LLAVAFORGE_CACHE") or Path.home() / ".cache" / "llavaforge")
 
 
-def open_sound_index(
+def open_checked_index(
     data: Path | Sequence[DataEntry], processor: Any, num_image_tokens: int, options: SampleOptions
 ) -> SampleIndex:
     """Open an index as `open_index` does, and accept no faulty record.
@@ -296,9 +298,9 @@ def open_sound_index(
         UserError: faulty records or missing images, all counted, the first ones named.
     """
     index = open_index(data, processor, num_image_tokens, options)
-    for part in index.parts:
-        refuse(part.faults, part.num_records, part.source.name)
-        refuse_missing(part)
+    for data_set in index.data_sets:
+        refuse(data_set.faults, data_set.num_records, data_set.source.name)
+        refuse_missing(data_set)
     return index
 
 
@@ -316,23 +318,23 @@ def refuse(faults: Sequence[Fault], num_records: int, name: str) -> None:
     )
 
 
-def refuse_missing(part: IndexPart) -> None:
+def refuse_missing(data_set: DataSetIndex) -> None:
     """Check that images are still there: a sample of them, as all would take minutes on a network drive.
 
     Raises:
         UserError: names those that are gone.
     """
-    if not part.source.images.root.is_dir() or not len(part):
+    if not data_set.source.images.root.is_dir() or not len(data_set):
         return
     faults = []
-    for number in np.unique(np.linspace(0, len(part) - 1, min(len(part), _NUM_IMAGES_CHECKED), dtype=np.int64)):
-        row = part.row(int(number))
+    for number in np.unique(np.linspace(0, len(data_set) - 1, min(len(data_set), _NUM_IMAGES_CHECKED), dtype=np.int64)):
+        row = data_set.row(int(number))
         try:
             for image in row.images:
-                part.source.images.locate(image if image.container else ImageRef(image.name))
+                data_set.source.images.locate(image if image.container else ImageRef(image.name))
         except RecordError as error:
             faults.append(row.fault(error))
-    refuse(faults, len(part), part.source.name)
+    refuse(faults, len(data_set), data_set.source.name)
 
 
 def sample_builder(processor: Any, num_image_tokens: int, options: SampleOptions) -> SampleBuilder:
@@ -355,9 +357,11 @@ def _list_views(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 
 def _report(index: SampleIndex) -> None:
-    for part in index.parts:
-        turns, tokens = int(part.numbers("num_turns_dropped").sum()), int(part.numbers("num_tokens_cut").sum())
+    for data_set in index.data_sets:
+        turns, tokens = int(data_set.numbers("num_turns_dropped").sum()), int(data_set.numbers("num_tokens_cut").sum())
         if turns or tokens:
-            logger.warning("%s: %d turns dropped and %d tokens cut to fit max_length", part.source.name, turns, tokens)
-        if literals := int(part.numbers("num_literals").sum()):
-            logger.warning("%s: %d literal `<image>` in texts are kept as text", part.source.name, literals)
+            logger.warning(
+                "%s: %d turns dropped and %d tokens cut to fit max_length", data_set.source.name, turns, tokens
+            )
+        if literals := int(data_set.numbers("num_literals").sum()):
+            logger.warning("%s: %d literal `<image>` in texts are kept as text", data_set.source.name, literals)

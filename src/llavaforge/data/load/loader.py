@@ -31,7 +31,7 @@ class PackDataset(Dataset[Pack]):
         image_token_id: the placeholder's id.
         num_image_tokens: tokens per image.
         blank_image: give mid-grey pixels instead of the image (to measure what a model guesses blindly).
-        mutes_bad: mute a sample whose image cannot be read (`Pack.bad`), instead of raising.
+        masks_bad: mask a sample whose image cannot be read (`Pack.bad`), instead of raising.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class PackDataset(Dataset[Pack]):
         image_token_id: int,
         num_image_tokens: int,
         blank_image: bool = False,
-        mutes_bad: bool = False,
+        masks_bad: bool = False,
     ) -> None:
         self.index = index
         self.preprocessing = preprocessing
         self.image_token_id = image_token_id
         self.num_image_tokens = num_image_tokens
         self.blank_image = blank_image
-        self.mutes_bad = mutes_bad
+        self.masks_bad = masks_bad
 
     def __getitem__(self, source: MicroBatch) -> Pack:
         rows = [self.index.row(number) for number in source.samples]
@@ -58,7 +58,7 @@ class PackDataset(Dataset[Pack]):
             try:
                 pixels += self.pixels(row)
             except BadImage as error:
-                if not self.mutes_bad:
+                if not self.masks_bad:
                     raise UserError(str(error.fault)) from None
                 pixels += [self.preprocessing.blank()] * len(row.images)
                 bad.append(BadSample(number, int(self.index.num_supervised[number]), error.fault))
@@ -90,7 +90,7 @@ class BadImage(Exception):
         self.fault = fault
 
 
-class _Told(Dataset[Pack | UserError]):
+class _ErrorsReturned(Dataset[Pack | UserError]):
     """Returns a `UserError` instead of raising it: torch would put a worker's traceback into its message."""
 
     def __init__(self, dataset: PackDataset) -> None:
@@ -123,7 +123,7 @@ def loading(
         pin_memory: put packs in page-locked memory, for a GPU.
     """
     loader: DataLoader[Pack | UserError] = DataLoader(
-        _Told(dataset),
+        _ErrorsReturned(dataset),
         sampler=order,  # any iterable of keys will do; a plan need not know its length
         batch_size=None,
         num_workers=num_workers,

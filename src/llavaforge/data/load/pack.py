@@ -18,7 +18,7 @@ from llavaforge.data.order.plan import MicroBatch
 
 
 class BadSample(NamedTuple):
-    """A sample of a pack that could not be read, and is muted: nothing of it is supervised.
+    """A sample of a pack that could not be read, and is masked: nothing of it is supervised.
 
     Its tokens stay, so that every process does the work that was planned for it.
     """
@@ -37,11 +37,11 @@ class Pack:
         position_ids_T: positions, restarting at 0 with each sample.
         cu_seqlens_N1: `int32` borders of the samples: 0, len(0), len(0)+len(1), ...
         lengths: the samples' lengths, as plain numbers.
-        predictors_S: places in T whose hidden state predicts a supervised token (the place before it).
+        predictors_S: positions in T whose hidden state predicts a supervised token (the position before it).
         targets_S: the token predicted there.
         pixels_ICHW: `uint8` pixels, in the order of their placeholders.
         source: what this pack is part of.
-        bad: faults of its muted samples, with their numbers and the supervised tokens they would have had.
+        bad: faults of its masked samples, with their numbers and the supervised tokens they would have had.
     """
 
     ids_T: torch.Tensor
@@ -98,7 +98,7 @@ def make_pack(
         image_token_id: the placeholder's id.
         num_image_tokens: how often it is written out per image.
         source: the micro-batch this is.
-        bad: what of it is muted.
+        bad: what of it is masked.
 
     Raises:
         ValueError: a sample's placeholders do not match its images (our own invariant: the index checked it).
@@ -107,14 +107,14 @@ def make_pack(
     num_images = sum(len(row.images) for row in rows)
     if num_images != len(pixels):
         raise ValueError(f"{len(pixels)} images for placeholders of {num_images}")
-    source = source or MicroBatch(0, tuple(range(len(rows))), True, sum(len(places) for _, places in samples))
-    muted = {one.number for one in bad}
+    source = source or MicroBatch(0, tuple(range(len(rows))), True, sum(len(positions) for _, positions in samples))
+    masked = {one.number for one in bad}
     lengths = tuple(len(ids) for ids, _ in samples)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     supervised = np.concatenate(
         [
-            start + (places[:0] if number in muted else places)
-            for start, (_, places), number in zip(starts, samples, source.samples, strict=False)
+            start + (positions[:0] if number in masked else positions)
+            for start, (_, positions), number in zip(starts, samples, source.samples, strict=False)
         ]
     )
     ids = np.concatenate([ids for ids, _ in samples])
@@ -132,7 +132,7 @@ def make_pack(
 
 
 def _expand(row: Row, image_token_id: int, num_image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a sample's ids with image tokens written out, and the places of its supervised tokens."""
+    """Return a sample's ids with image tokens written out, and the positions of its supervised tokens."""
     ids = np.asarray(row.ids, dtype=np.int64)
     is_image = ids == image_token_id
     if is_image.sum() != len(row.images):
@@ -141,7 +141,7 @@ def _expand(row: Row, image_token_id: int, num_image_tokens: int) -> tuple[np.nd
     for start, end in zip(row.supervised_spans[::2], row.supervised_spans[1::2], strict=True):
         supervised[start:end] = True
     repeats = np.where(is_image, num_image_tokens, 1)
-    places = np.flatnonzero(np.repeat(supervised, repeats))
-    if len(places) == 0 or places[0] == 0:
+    positions = np.flatnonzero(np.repeat(supervised, repeats))
+    if len(positions) == 0 or positions[0] == 0:
         raise ValueError(f"{row.where}: supervised tokens must exist and follow a prompt")
-    return np.repeat(ids, repeats), places
+    return np.repeat(ids, repeats), positions

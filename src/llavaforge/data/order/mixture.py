@@ -18,10 +18,10 @@ from rich.table import Table
 
 from llavaforge.config.schema import DataEntry, DataOptions
 from llavaforge.data.faults import Fault
-from llavaforge.data.index.index import IndexPart, SampleIndex
+from llavaforge.data.index.index import DataSetIndex, SampleIndex
 from llavaforge.errors import UserError
 
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 
 
 class Mixture:
@@ -33,39 +33,39 @@ class Mixture:
         seed: of the shuffling.
     """
 
-    def __init__(self, rows: Sequence[Rows], draws: Sequence[int], seed: int) -> None:
+    def __init__(self, rows: Sequence[RowNumbers], draws: Sequence[int], seed: int) -> None:
         self.rows, self.draws, self.seed = tuple(rows), tuple(draws), seed
-        self._epochs: dict[int, Rows] = {}
+        self._epochs: dict[int, RowNumbers] = {}
 
     def __len__(self) -> int:
         """Samples per epoch."""
         return sum(self.draws)
 
     @property
-    def all_rows(self) -> Rows:
+    def all_rows(self) -> RowNumbers:
         """Every row that may come."""
         return np.concatenate(self.rows)
 
-    def epoch(self, number: int) -> Rows:
+    def epoch(self, number: int) -> RowNumbers:
         """Return an epoch's samples in their order."""
         if number not in self._epochs:
-            parts = [self._of_part(part, number) for part in range(len(self.rows))]
-            samples = np.concatenate(parts)
+            data_sets = [self._of_data_set(data_set, number) for data_set in range(len(self.rows))]
+            samples = np.concatenate(data_sets)
             order = np.random.default_rng([self.seed, number]).permutation(len(samples))
             self._epochs = {**dict(list(self._epochs.items())[-1:]), number: samples[order]}  # a batch may span two
         return self._epochs[number]
 
-    def _of_part(self, part: int, epoch: int) -> Rows:
-        rows, draws = self.rows[part], self.draws[part]
+    def _of_data_set(self, data_set: int, epoch: int) -> RowNumbers:
+        rows, draws = self.rows[data_set], self.draws[data_set]
         if not draws:
             return rows[:0]
         whole, rest = divmod(draws, len(rows))
         drawn = [rows] * whole
         if rest:
-            places = np.arange(epoch * rest, (epoch + 1) * rest)
-            for turn in np.unique(places // len(rows)):
-                order = _shuffled(len(rows), self.seed, part, int(turn))
-                drawn.append(rows[order[places[places // len(rows) == turn] % len(rows)]])
+            positions = np.arange(epoch * rest, (epoch + 1) * rest)
+            for turn in np.unique(positions // len(rows)):
+                order = _shuffled(len(rows), self.seed, data_set, int(turn))
+                drawn.append(rows[order[positions[positions // len(rows) == turn] % len(rows)]])
         return np.concatenate(drawn)
 
     def table(self, entries: Sequence[DataEntry], num_supervised: npt.NDArray[np.int64]) -> Table:
@@ -80,7 +80,7 @@ class Mixture:
         return table
 
 
-def deal(options: DataOptions, index: SampleIndex, rows: Sequence[Rows]) -> tuple[Mixture, Rows]:
+def deal(options: DataOptions, index: SampleIndex, rows: Sequence[RowNumbers]) -> tuple[Mixture, RowNumbers]:
     """Hold out what `validation_split` asks for, and mix the rest.
 
     Args:
@@ -101,7 +101,7 @@ def deal(options: DataOptions, index: SampleIndex, rows: Sequence[Rows]) -> tupl
     return mix(options.entries, kept, options.seed), held_out
 
 
-def mix(entries: Sequence[DataEntry], rows: Sequence[Rows], seed: int) -> Mixture:
+def mix(entries: Sequence[DataEntry], rows: Sequence[RowNumbers], seed: int) -> Mixture:
     """Deal the rows of data sets into epochs, by their weights or repeats.
 
     Raises:
@@ -125,7 +125,7 @@ def mix(entries: Sequence[DataEntry], rows: Sequence[Rows], seed: int) -> Mixtur
     return Mixture(rows, draws, seed)
 
 
-def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> tuple[Rows, Rows]:
+def split_held_out(index: SampleIndex, rows: RowNumbers, amount: float, seed: int) -> tuple[RowNumbers, RowNumbers]:
     """Hold out records, whole images at a time: no image is both trained on and held out.
 
     Args:
@@ -167,7 +167,7 @@ def split_held_out(index: SampleIndex, rows: Rows, amount: float, seed: int) -> 
     return train, held_out
 
 
-def _groups(index: SampleIndex) -> Rows:
+def _groups(index: SampleIndex) -> RowNumbers:
     """Return for each row a number that is equal for rows that share an image, and for those that share with these."""
     starts, keys = image_keys(index)
     row_of_image = np.repeat(np.arange(len(index)), np.diff(starts))
@@ -182,33 +182,33 @@ def _groups(index: SampleIndex) -> Rows:
         group = lower[lower]  # a short cut: the row of that number may know a lower one
 
 
-def without_quarantined(index: SampleIndex, file: Path | None) -> tuple[list[Rows], list[list[Fault]]]:
+def drop_quarantined(index: SampleIndex, file: Path | None) -> tuple[list[RowNumbers], list[list[Fault]]]:
     """Return the rows of each data set, and its faults, without the records that a quarantine file lists.
 
     Raises:
         UserError: the file is not one, or was written for other contents.
     """
     listed = _read_quarantine(file) if file is not None else []
-    contents = {part.contents for part in index.parts}
-    names = {part.source.name for part in index.parts}
+    contents = {data_set.contents for data_set in index.data_sets}
+    names = {data_set.source.name for data_set in index.data_sets}
     for line in listed:
         if line["source"] in names and line["contents"] not in contents:
             raise UserError(
                 f"{file}: was written for other contents of {line['source']}. Run `llavaforge data check` again."
             )
     rows, faults = [], []
-    for start, part in zip(index.starts, index.parts, strict=False):
+    for start, data_set in zip(index.starts, index.data_sets, strict=False):
         # Told by the contents: a path may be written in several ways, and two splits have the same path.
-        bad = {(line["file"], line["row"]) for line in listed if line["contents"] == part.contents}
-        if renamed := {name for name, _ in bad} - set(part.source.file_names):
+        bad = {(line["file"], line["row"]) for line in listed if line["contents"] == data_set.contents}
+        if renamed := {name for name, _ in bad} - set(data_set.source.file_names):
             raise UserError(
-                f"{file}: names {min(renamed)}, but that file of {part.source.name} is called "
-                f"{', '.join(part.source.file_names[:3])} now. Run `llavaforge data check` again."
+                f"{file}: names {min(renamed)}, but that file of {data_set.source.name} is called "
+                f"{', '.join(data_set.source.file_names[:3])} now. Run `llavaforge data check` again."
             )
-        kept = np.ones(len(part), dtype=bool)
-        kept[_numbers_of(part, bad)] = False
+        kept = np.ones(len(data_set), dtype=bool)
+        kept[_numbers_of(data_set, bad)] = False
         rows.append(start + np.flatnonzero(kept))
-        faults.append([fault for fault in part.faults if (fault.file, fault.row) not in bad])
+        faults.append([fault for fault in data_set.faults if (fault.file, fault.row) not in bad])
     return rows, faults
 
 
@@ -228,11 +228,11 @@ def _read_quarantine(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _numbers_of(part: IndexPart, places: set[tuple[str, int]]) -> Rows:
+def _numbers_of(data_set: DataSetIndex, records: set[tuple[str, int]]) -> RowNumbers:
     """Return the numbers of the rows at (file, row); those that are not in the index are passed over."""
-    files, names = part.numbers("file"), part.source.file_names
-    rows, found = part.numbers("row"), []
-    for file, row in places:
+    files, names = data_set.numbers("file"), data_set.source.file_names
+    rows, found = data_set.numbers("row"), []
+    for file, row in records:
         first, last = np.searchsorted(files, [names.index(file), names.index(file) + 1])
         at = first + int(np.searchsorted(rows[first:last], row))
         if at < last and rows[at] == row:
@@ -240,13 +240,13 @@ def _numbers_of(part: IndexPart, places: set[tuple[str, int]]) -> Rows:
     return np.array(found, dtype=np.int64)
 
 
-def image_keys(index: SampleIndex) -> tuple[Rows, Rows]:
+def image_keys(index: SampleIndex) -> tuple[RowNumbers, RowNumbers]:
     """Return where each row's images begin, and for each image a number that is equal for equal images."""
     counts = index.num_images
     numbers: dict[str, int] = {}
     keys = [np.zeros(0, dtype=np.int64)]
-    for part in index.parts:
-        names = part.image_paths()
+    for data_set in index.data_sets:
+        names = data_set.image_paths()
         encoded = names.dictionary_encode().combine_chunks()
         known = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
         keys.append(np.array(known, dtype=np.int64)[encoded.indices.to_numpy()] if known else keys[0])
@@ -254,5 +254,5 @@ def image_keys(index: SampleIndex) -> tuple[Rows, Rows]:
 
 
 @lru_cache(maxsize=4)
-def _shuffled(size: int, seed: int, part: int, turn: int) -> Rows:
-    return np.random.default_rng([seed, part, turn]).permutation(size)
+def _shuffled(size: int, seed: int, data_set: int, turn: int) -> RowNumbers:
+    return np.random.default_rng([seed, data_set, turn]).permutation(size)

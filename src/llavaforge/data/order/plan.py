@@ -105,9 +105,9 @@ class Plan:
     def global_batch(self, step: int) -> npt.NDArray[np.int64]:
         """Return the sample numbers of one step (0-based), over all ranks."""
         size = len(self.mixture)
-        places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        epochs = places // size
-        return np.concatenate([self.mixture.epoch(int(e))[places[epochs == e] % size] for e in np.unique(epochs)])
+        positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        epochs = positions // size
+        return np.concatenate([self.mixture.epoch(int(e))[positions[epochs == e] % size] for e in np.unique(epochs)])
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Return the micro-batches of one rank for one step; every rank gets the same number of them."""

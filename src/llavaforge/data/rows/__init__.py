@@ -1,1 +1,1 @@
-"""Rows of data sets, in any known format, as records."""
+"""RowNumbers of data sets, in any known format, as records."""

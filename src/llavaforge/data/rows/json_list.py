@@ -1,7 +1,7 @@
 """A JSON list of any size, an element at a time, as text.
 
 Comes in: an open text file. Goes out: the text of each element, as it stands. Memory
-holds a piece of the file, or one element if that is longer.
+holds a chunk of the file, or one element if that is longer.
 """
 
 import json
@@ -11,12 +11,12 @@ from typing import IO, NoReturn
 
 from llavaforge.errors import UserError
 
-PIECE = 4 << 20  # characters read at a time
-_LONGEST_TOKEN = 16  # characters of `-Infinity`, of `\ud83d\ude00`: what may be cut at the end of a piece
+CHUNK_CHARACTERS = 4 << 20  # characters read at a time
+_LONGEST_TOKEN = 16  # characters of `-Infinity`, of `\ud83d\ude00`: what may be cut at the end of a chunk
 
 
 class JsonList:
-    """Iterates over the elements of a JSON list as text, reading a piece at a time."""
+    """Iterates over the elements of a JSON list as text, reading a chunk at a time."""
 
     def __init__(self, path: Path, text: IO[str], start: str) -> None:
         self._path, self._text = path, text
@@ -72,24 +72,24 @@ class JsonList:
     def _read_more(self) -> bool:
         if self._at_end:
             return False
-        more = self._text.read(max(PIECE, len(self._buffer) - self._position))
-        if not more:  # the buffer stays as it is: a caller holds places in it
+        more = self._text.read(max(CHUNK_CHARACTERS, len(self._buffer) - self._position))
+        if not more:  # the buffer stays as it is: a caller holds positions in it
             self._at_end = True
             return False
-        self._line, self._column = self._place(self._position)
+        self._line, self._column = self._line_and_column(self._position)
         self._buffer = self._buffer[self._position :] + more
         self._position = 0
         return True
 
-    def _place(self, position: int) -> tuple[int, int]:
-        """Return line and column, from 1, of a place in the buffer."""
+    def _line_and_column(self, position: int) -> tuple[int, int]:
+        """Return line and column, from 1, of a position in the buffer."""
         num_lines = self._buffer.count("\n", 0, position)
         if not num_lines:
             return self._line, self._column + position
         return self._line + num_lines, position - self._buffer.rfind("\n", 0, position)
 
     def _fail(self, message: str, position: int) -> NoReturn:
-        line, column = self._place(position)
+        line, column = self._line_and_column(position)
         raise UserError(
             f"{self._path}:{line}:{column}: malformed JSON: {message.replace('starting at', 'not closed')}. "
             "Mend that place (a cut-off download ends in the middle of a row)."

@@ -42,7 +42,7 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one file.
+    """RowNumbers of one file.
 
     Attributes:
         file: number of the file.
@@ -123,7 +123,7 @@ def _text_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
     if is_json_lines(path):
         yield from ((number, line) for number, line in enumerate(text, 1) if line.strip())
         return
-    start = text.read(json_list.PIECE)
+    start = text.read(json_list.CHUNK_CHARACTERS)
     if start.lstrip().startswith("{"):  # JSON lines by another name
         yield from enumerate(line for line in _lines_of_objects(start, text, path) if line.strip())
     else:
@@ -131,7 +131,7 @@ def _text_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
 
 
 def _lines_of_objects(start: str, rest: IO[str], path: Path) -> Iterator[str]:
-    """Yield the lines of a text whose first piece was read already."""
+    """Yield the lines of a text whose first chunk was read already."""
     lines = start.split("\n")
     lines[-1] += rest.readline()
     if isinstance(parse_raw(lines[0]), Malformed):

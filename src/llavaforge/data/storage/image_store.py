@@ -1,9 +1,9 @@
 """Image files where they are: a folder, a zip, a tar, a Parquet or Arrow column, or a row itself. Nothing is unpacked.
 
-Comes in: names from records when data is prepared (`locate`), places when a training step reads (`read`).
+Comes in: names from records when data is prepared (`locate`), locations when a training step reads (`read`).
 
-A place is found once and kept in the index, so a loader worker needs no directory of an archive: for the 595,375 images
-of CC3M that directory would cost every worker 300 MB and 5 s.
+A location is found once and kept in the index, so a loader worker needs no directory of an archive: for the 595,375
+images of CC3M that directory would cost every worker 300 MB and 5 s.
 """
 
 import base64
@@ -56,9 +56,9 @@ class ImageStore:
             return ref
         name = safe_name(ref.name)
         if self.root.suffix in ARCHIVES:
-            place = self._members.find(name) or self._members.find(f"images/{name}")
-            if place is not None:
-                return ImageRef(ref.name, 0, *place)
+            location = self._members.find(name) or self._members.find(f"images/{name}")
+            if location is not None:
+                return ImageRef(ref.name, 0, *location)
         elif self._is_file(name):
             return ImageRef(ref.name, 0)
         raise RecordError(

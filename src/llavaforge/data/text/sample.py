@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from llavaforge.data.faults import RecordError
 from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record, Turn
-from llavaforge.data.text.template import ChatTemplate, Piece
+from llavaforge.data.text.template import ChatTemplate, TextSpan
 
 IGNORE_INDEX = -100
 T = TypeVar("T")
@@ -83,12 +83,12 @@ class SampleBuilder:
 
     def build_all(self, records: Sequence[Record]) -> list[Sample | RecordError]:
         """Build many samples, tokenised as one batch (quicker than one by one); a fault takes its sample's place."""
-        pieces = [_tried(self.chat.pieces, record.turns) for record in records]
-        texts = ["" if isinstance(found, RecordError) else _text(found) for found in pieces]
+        spans = [_result_or_error(self.chat.spans, record.turns) for record in records]
+        texts = ["" if isinstance(found, RecordError) else _text(found) for found in spans]
         encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return [
-            found if isinstance(found, RecordError) else _tried(self._fitted, record, found, text, encoding)
-            for record, found, text, encoding in zip(records, pieces, texts, encodings, strict=True)
+            found if isinstance(found, RecordError) else _result_or_error(self._fitted, record, found, text, encoding)
+            for record, found, text, encoding in zip(records, spans, texts, encodings, strict=True)
         ]
 
     def identity(self) -> dict[str, Any]:
@@ -103,9 +103,9 @@ class SampleBuilder:
             "max_length": self.max_length,
         }
 
-    def _fitted(self, record: Record, pieces: list[Piece], text: str, encoding: Any) -> Sample:
+    def _fitted(self, record: Record, spans: list[TextSpan], text: str, encoding: Any) -> Sample:
         turns = record.turns
-        sample = self._sample(pieces, text, encoding, len(record.images))
+        sample = self._sample(spans, text, encoding, len(record.images))
         while sample.length > self.max_length and sum(turn.role == "assistant" for turn in turns) > 1:
             turns = turns[:-2]
             sample = self._encode(turns)
@@ -115,15 +115,15 @@ class SampleBuilder:
         return replace(sample, num_turns_dropped=dropped)
 
     def _encode(self, turns: Sequence[Turn]) -> Sample:
-        pieces = self.chat.pieces(turns)
-        text = _text(pieces)
+        spans = self.chat.spans(turns)
+        text = _text(spans)
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-        return self._sample(pieces, text, encoding, num_images)
+        return self._sample(spans, text, encoding, num_images)
 
-    def _sample(self, pieces: list[Piece], text: str, encoding: Any, num_images: int) -> Sample:
+    def _sample(self, spans: list[TextSpan], text: str, encoding: Any, num_images: int) -> Sample:
         ids: list[int] = encoding.ids
-        spans = _token_spans(text, encoding.offsets, _character_spans(pieces))
+        supervised_spans = _token_spans(text, encoding.offsets, _character_spans(spans))
         if ids.count(self.image_token_id) != num_images:
             raise RecordError(
                 "image_count",
@@ -131,7 +131,7 @@ class SampleBuilder:
                 "The chat template or tokenizer does not keep `<image>`: write the model with customize-model.",
             )
         length = len(ids) + num_images * (self.num_image_tokens - 1)
-        sample = Sample(ids, spans, length, num_images=num_images)
+        sample = Sample(ids, supervised_spans, length, num_images=num_images)
         if not sample.num_supervised:
             raise RecordError(
                 "no_supervised_tokens", "no supervised tokens, so there is nothing to learn from this record."
@@ -155,23 +155,23 @@ class SampleBuilder:
         )
 
 
-def _tried(act: Callable[..., T], *arguments: Any) -> T | RecordError:
+def _result_or_error(act: Callable[..., T], *arguments: Any) -> T | RecordError:
     try:
         return act(*arguments)
     except RecordError as error:
         return error
 
 
-def _text(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
+def _text(spans: Sequence[TextSpan]) -> str:
+    return "".join(span.text for span in spans)
 
 
-def _character_spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+def _character_spans(spans: Sequence[TextSpan]) -> Iterator[tuple[int, int]]:
     position = 0
-    for piece in pieces:
-        if piece.supervised:
-            yield position, position + len(piece.text)
-        position += len(piece.text)
+    for span in spans:
+        if span.supervised:
+            yield position, position + len(span.text)
+        position += len(span.text)
 
 
 def _token_spans(text: str, offsets: Sequence[tuple[int, int]], spans: Iterator[tuple[int, int]]) -> list[int]:

@@ -1,9 +1,9 @@
-r"""A conversation as text pieces, each marked supervised or not, from the model's own chat template.
+r"""A conversation as text spans, each marked supervised or not, from the model's own chat template.
 
-Comes in: the turns of a record. Goes out: pieces that add up, character by character, to what the template renders.
+Comes in: the turns of a record. Goes out: spans that add up, character by character, to what the template renders.
 
 A template is a program, so its literal text is learnt by rendering it once per shape of conversation with markers
-in place of the contents. The pieces are then proved against a rendering of the real contents; a
+in place of the contents. The spans are then proved against a rendering of the real contents; a
 template that changes its contents fails that proof and the record is refused, rather than trained on wrong labels.
 
     [("<|im_start|>user\\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n", False),
@@ -22,7 +22,7 @@ from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Turn
 from llavaforge.errors import UserError
 
 
-class Piece(NamedTuple):
+class TextSpan(NamedTuple):
     """A stretch of text; the loss sees its tokens when it is supervised."""
 
     text: str
@@ -45,8 +45,8 @@ class ChatTemplate:
     style: Literal["chat", "plain"]
     system_prompt: str | None
 
-    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Return the pieces of a whole conversation.
+    def spans(self, turns: Sequence[Turn]) -> list[TextSpan]:
+        """Return the spans of a whole conversation.
 
         Raises:
             RecordError: the template changes these contents, so that labels could not be trusted.
@@ -71,8 +71,8 @@ class ChatTemplate:
         Args:
             turns: ends with a user turn.
         """
-        pieces = self.pieces([*turns, Turn("assistant", "x")])
-        return "".join(piece.text for piece in pieces[: _last_supervised(pieces)])
+        spans = self.spans([*turns, Turn("assistant", "x")])
+        return "".join(span.text for span in spans[: _last_supervised(spans)])
 
     def escape(self, turn: Turn) -> str:
         """Return a turn's text in which no special token can hide: `<|im_end|>` becomes `< |im_end|>`.
@@ -118,12 +118,12 @@ class ChatTemplate:
         ids = self.tokenizer("a").input_ids
         return str(bos) if bos and ids and ids[0] == self.tokenizer.bos_token_id else ""
 
-    def _plain(self, turns: Sequence[Turn]) -> list[Piece]:
+    def _plain(self, turns: Sequence[Turn]) -> list[TextSpan]:
         num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
         answer = next(self.escape(turn) for turn in turns if turn.role == "assistant")
         return [
-            Piece(self.bos_token + IMAGE_PLACEHOLDER * num_images, False),
-            Piece(answer + self.end_token, True),
+            TextSpan(self.bos_token + IMAGE_PLACEHOLDER * num_images, False),
+            TextSpan(answer + self.end_token, True),
         ]
 
     def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -134,17 +134,17 @@ class ChatTemplate:
     def _literals(self, roles: tuple[str, ...]) -> tuple[list[str], list[str]]:
         return _literals(self, roles)
 
-    def _mark(self, turns: Sequence[Turn], contents: list[str], literals: list[str], ends: list[str]) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _mark(self, turns: Sequence[Turn], contents: list[str], literals: list[str], ends: list[str]) -> list[TextSpan]:
+        spans: list[TextSpan] = []
         for number, (turn, content) in enumerate(zip(turns, contents, strict=True)):
-            pieces.append(Piece(literals[number][len(ends[number]) :], False))
+            spans.append(TextSpan(literals[number][len(ends[number]) :], False))
             if turn.role == "assistant":
                 # Vicuna-style templates write no end of their own: without one answers would never stop.
-                pieces.append(Piece(content + (ends[number + 1] or self.end_token), True))
+                spans.append(TextSpan(content + (ends[number + 1] or self.end_token), True))
             else:
-                pieces.append(Piece(content, False))
-        pieces.append(Piece(literals[-1][len(ends[-1]) :], False))
-        return pieces
+                spans.append(TextSpan(content, False))
+        spans.append(TextSpan(literals[-1][len(ends[-1]) :], False))
+        return spans
 
     def __getstate__(self) -> dict[str, Any]:  # without the compiled template
         return {item.name: getattr(self, item.name) for item in fields(self)}
@@ -241,5 +241,5 @@ def _messages(turns: Sequence[Turn], contents: list[str]) -> list[dict[str, Any]
     return [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
 
 
-def _last_supervised(pieces: list[Piece]) -> int:
-    return max(number for number, piece in enumerate(pieces) if piece.supervised)
+def _last_supervised(spans: list[TextSpan]) -> int:
+    return max(number for number, span in enumerate(spans) if span.supervised)
