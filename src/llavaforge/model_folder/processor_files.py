@@ -61,8 +61,8 @@ def _write_tokenizer_fields(path: Path, processor: LlavaProcessor, chat_template
     `padding_side` batches are padded on the right, and all but the longest prompt are answered wrongly. Tokenizers
     before 4.49 look for the chat template here.
 
-    `additional_special_tokens` and `added_tokens_decoder` are what transformers 4 writes itself.
-    `extra_special_tokens` is a dict: transformers 4 fails on a list, and 5 reads `additional_special_tokens` only beside a dict or nothing.
+    `additional_special_tokens` and `added_tokens_decoder` are what transformers 4 writes itself. `extra_special_tokens`
+    is a dict: transformers 4 fails on a list, and 5 reads `additional_special_tokens` only beside a dict or nothing.
     """
     tokenizer, image_token = processor.tokenizer, processor.image_token
     content = json.loads(path.read_text())
