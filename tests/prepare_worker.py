@@ -11,7 +11,7 @@ from typing import Any
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.index import prepare
 from llavaforge.data.index.index import SampleIndex, open_index
-from llavaforge.data.rows import readers
+from llavaforge.data.rows import kinds
 
 
 def open_unread(folder: Path, cache: Path, **entry: Any) -> SampleIndex:
@@ -24,7 +24,7 @@ def prepare_and_wait(folder: Path, cache: Path, log: Path, go: Path, chunk: int,
     """Prepare in chunks of a size; at one of them wait for a file."""
     logging.getLogger("llavaforge").setLevel(logging.INFO)
     logging.getLogger("llavaforge").addHandler(logging.FileHandler(log))
-    real = readers.read_chunks
+    real = kinds.read_chunks
 
     def read_and_wait(*arguments: Any) -> Any:
         for number, found in enumerate(real(*arguments)):

@@ -31,18 +31,18 @@ from llavaforge.model.load import LoadedModel
 from llavaforge.processes import workers
 from prepare_worker import open_unread, prepare_and_die, prepare_and_wait
 
-RowNumbers = list[dict[str, Any]]
+Rows = list[dict[str, Any]]
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
 
 
-def image_rows(num: int) -> RowNumbers:
+def image_rows(num: int) -> Rows:
     return [chat(f"<image>\nWhat is number {n}?", f"A square, {n}.", id=f"r{n}", image=f"{n}.jpg") for n in range(num)]
 
 
-def write(folder: Path, rows: RowNumbers, num_images: int | None = None) -> Path:
+def write(folder: Path, rows: Rows, num_images: int | None = None) -> Path:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(len(rows) if num_images is None else num_images):
         (folder / "images" / f"{number}.jpg").write_bytes(b"image %d" % number)
@@ -140,7 +140,7 @@ def test_changed_data_is_prepared_again_and_its_new_images_are_read(kind: str, t
     assert second.fingerprint != first.fingerprint
 
 
-def write_as(kind: str, path: Path, rows: RowNumbers, image: bytes) -> None:
+def write_as(kind: str, path: Path, rows: Rows, image: bytes) -> None:
     """Write rows with an image each: embedded where the format can, else inline."""
     images = [image + b"%d" % number for number in range(len(rows))]
     if kind in ("parquet", "arrow"):
@@ -179,7 +179,7 @@ def test_a_changed_archive_of_images_is_looked_up_again(tmp_path: Path) -> None:
 
 
 def test_the_same_bytes_by_another_name_have_their_own_numbers(tmp_path: Path) -> None:
-    """RowNumbers of .json are counted from 0, lines of .jsonl from 1."""
+    """Rows of .json are counted from 0, lines of .jsonl from 1."""
     text = "".join(json.dumps(row) + "\n" for row in [chat("Hi", "Hello."), chat("Hi", "")])
     numbers = []
     for name in ("rows.json", "rows.jsonl"):
@@ -248,7 +248,7 @@ def test_the_first_records_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # In parallel, in batches.
 
 
-def mixed_rows(num: int) -> RowNumbers:
+def mixed_rows(num: int) -> Rows:
     """Every seventh row has a fault."""
     rows = image_rows(num)
     for number in range(0, num, 7):

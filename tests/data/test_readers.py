@@ -21,7 +21,8 @@ from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.faults import KINDS, Fault
 from llavaforge.data.index.index import SampleIndex, open_index
 from llavaforge.data.rows import json_list
-from llavaforge.data.rows.readers import Malformed, parse_raw, read_chunks
+from llavaforge.data.rows.kinds import read_chunks
+from llavaforge.data.rows.readers import Malformed, parse_raw
 from llavaforge.data.storage import archives
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
@@ -460,7 +461,7 @@ ARCHIVES = archives_to_damage()
 READS_ALL = """
 import resource, sys
 from pathlib import Path
-from llavaforge.data.rows.readers import read_chunks
+from llavaforge.data.rows.kinds import read_chunks
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

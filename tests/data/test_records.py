@@ -1,4 +1,4 @@
-"""RowNumbers of every format become the same records, and every fault is told apart and says what is allowed."""
+"""Rows of every format become the same records, and every fault is told apart and says what is allowed."""
 
 from typing import Any
 

@@ -45,10 +45,10 @@ PARSED = [
     ("system", ["shelf/grün.jpg"], [("system", "Be brief."), ("human", "What is it?\n<image>"), ("gpt", "A square.")]),
 ]  # fmt: skip
 Parsed = tuple[str, list[str], list[tuple[str, str]]]
-RowNumbers = list[dict[str, Any]]
+Rows = list[dict[str, Any]]
 
 
-def llava(parsed: Sequence[Parsed] = PARSED) -> RowNumbers:
+def llava(parsed: Sequence[Parsed] = PARSED) -> Rows:
     """The rows as LLaVA writes them: one file name, or a list of them."""
     rows = []
     for id_, images, turns in parsed:
@@ -59,7 +59,7 @@ def llava(parsed: Sequence[Parsed] = PARSED) -> RowNumbers:
     return rows
 
 
-def sharegpt() -> RowNumbers:
+def sharegpt() -> Rows:
     rows = []
     for row, (_, images, turns) in zip(llava(), PARSED, strict=True):
         row = {key: value for key, value in row.items() if key != "image"} | {"images": images}
@@ -72,7 +72,7 @@ def sharegpt() -> RowNumbers:
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def messages(parts: bool = False, image: Callable[[str], dict[str, Any]] | None = None) -> RowNumbers:
+def messages(parts: bool = False, image: Callable[[str], dict[str, Any]] | None = None) -> Rows:
     """The rows as OpenAI writes them; with `parts`, each line of a text is a content part."""
     rows = []
     for id_, images, turns in PARSED:
@@ -99,9 +99,9 @@ def inline(name: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(IMAGES[name]).decode()
 
 
-def in_columns(one: bool = False, as_bytes: bool = True) -> RowNumbers:
+def in_columns(one: bool = False, as_bytes: bool = True) -> Rows:
     """The rows with their images' bytes, for Arrow; every row has the same fields."""
-    rows: RowNumbers = []
+    rows: Rows = []
     for (_, images, _), row in zip(PARSED, llava(), strict=True):
         embedded = [{"bytes": IMAGES[name] if as_bytes else None, "path": name} for name in images]
         row.pop("image", None)
@@ -143,7 +143,7 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-def lines(rows: RowNumbers, ascii_only: bool = False) -> str:
+def lines(rows: Rows, ascii_only: bool = False) -> str:
     return "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
 
 
@@ -177,7 +177,7 @@ def chat_json_beside_a_named_tar(root: Path) -> DataEntry:
     return DataEntry(path=root, images=root / "photos.tar")
 
 
-def text_file(name: str, encode: Callable[[RowNumbers], bytes]) -> Callable[[Path], DataEntry]:
+def text_file(name: str, encode: Callable[[Rows], bytes]) -> Callable[[Path], DataEntry]:
     def write(root: Path) -> DataEntry:
         write_images(root / "pictures")
         (root / name).write_bytes(encode(llava()))
@@ -186,7 +186,7 @@ def text_file(name: str, encode: Callable[[RowNumbers], bytes]) -> Callable[[Pat
     return write
 
 
-def rows_in_json(rows: RowNumbers, format_: str) -> Callable[[Path], DataEntry]:
+def rows_in_json(rows: Rows, format_: str) -> Callable[[Path], DataEntry]:
     def write(root: Path) -> DataEntry:
         write_images(root / "images")
         (root / "rows.jsonl").write_text(lines(rows), "utf-8")
@@ -252,7 +252,7 @@ def parquet_of_paths(root: Path) -> DataEntry:
     return DataEntry(path=root / "p.parquet")
 
 
-def plain_table(rows: RowNumbers) -> Callable[[Path], DataEntry]:
+def plain_table(rows: Rows) -> Callable[[Path], DataEntry]:
     def write(root: Path) -> DataEntry:
         pq.write_table(pa.Table.from_pylist(rows), root / "rows.parquet", row_group_size=2)
         return DataEntry(path=root / "rows.parquet")
@@ -260,25 +260,25 @@ def plain_table(rows: RowNumbers) -> Callable[[Path], DataEntry]:
     return write
 
 
-def as_struct_of_lists() -> RowNumbers:
+def as_struct_of_lists() -> Rows:
     def turned(turns: list[dict[str, str]]) -> dict[str, list[str]]:
         return {key: [turn[key] for turn in turns] for key in ("from", "value")}
 
     return [row | {"conversations": turned(row["conversations"])} for row in in_columns()]
 
 
-def as_json_text() -> RowNumbers:
+def as_json_text() -> Rows:
     return [row | {"conversations": json.dumps(row["conversations"])} for row in in_columns()]
 
 
-def as_messages_with_marks() -> RowNumbers:
+def as_messages_with_marks() -> Rows:
     """Content parts that only mark the places of the images beside them."""
     marked = messages(parts=True, image=lambda _: {"type": "image", "text": None})
     return [{"messages": row["messages"], "id": row["id"], "images": beside["images"]}
             for row, beside in zip(marked, in_columns(), strict=True)]  # fmt: skip
 
 
-def with_plain_bytes() -> RowNumbers:
+def with_plain_bytes() -> Rows:
     """A list of plain bytes, and other columns of bytes, times and vectors."""
     other = {"thumb": b"no image", "vector": [0.5, 1.5], "image_hash": 7}
     return [other | row | {"images": [image["bytes"] for image in row["images"]]} for row in in_columns()]

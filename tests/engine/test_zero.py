@@ -98,7 +98,7 @@ def test_lora_saves_the_adapter_that_one_process_saves(
 
 @pytest.fixture(scope="module")
 def mixed(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RowNumbers with and without an image, in equal parts, of very different lengths."""
+    """Rows with and without an image, in equal parts, of very different lengths."""
     folder = tmp_path_factory.mktemp("mixed")
     rows = json.loads((shapes / "train" / "chat.json").read_text())
     for number, row in enumerate(rows):

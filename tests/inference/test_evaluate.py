@@ -10,8 +10,9 @@ from llavaforge.config.schema import ChatConfig, EvaluateConfig, SampleOptions
 from llavaforge.data.rows.records import Turn
 from llavaforge.errors import UserError
 from llavaforge.inference.chat import chat
-from llavaforge.inference.evaluate import evaluate, is_match
+from llavaforge.inference.evaluate import evaluate
 from llavaforge.inference.generate import Answerer, Question
+from llavaforge.inference.metrics import exact_match
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.step import StepModule
 from llavaforge.training.run import train
@@ -113,7 +114,7 @@ def test_a_grey_image_replaces_every_picture(loaded_llava: LoadedModel, shapes: 
     [("Red.", "red", True), (" two  cats", "Two cats", True), ("reddish", "red", False), ("", "red", False)],
 )
 def test_exact_match_ignores_case_and_punctuation_only(answer: str, reference: str, match: bool) -> None:
-    assert is_match(answer, reference) is match
+    assert exact_match(answer, reference) == match
 
 
 def test_chat_answers_on_stdout(tiny_llava: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:

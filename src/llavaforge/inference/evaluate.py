@@ -2,13 +2,12 @@
 
 Comes in: a model and a data set. Goes out: the summary, and `samples.jsonl`:
 
-    {"id": "17", "question": "What colour is the circle?", "reference": "red", "answer": "red", "correct": true,
-    "loss": 0.02}
+    {"id": "17", "question": "What colour is the circle?", "reference": "red", "loss": 0.02, "num_supervised": 2,
+     "answer": "red", "correct": true, "exact_match": 1.0}
 """
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record
 from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.inference.generate import Answerer, Question
+from llavaforge.inference.metrics import METRICS
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
 
@@ -40,8 +40,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a model on a data set.
 
     Returns:
-        num_samples, loss (per supervised token), exact_match (or None when answers are not generated), and what was
-        measured: model_name_or_path, data_path, blank_image.
+        num_samples, loss (per supervised token), exact_match and the other metrics (None when answers are not
+        generated), and what was measured: model_name_or_path, data_path, blank_image.
 
     Raises:
         UserError: the model or the data is at fault.
@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "num_samples": len(lines),
         "loss": sum(line["loss"] * line["num_supervised"] for line in lines)
         / sum(line["num_supervised"] for line in lines),
-        "exact_match": sum(line["correct"] for line in lines) / len(lines) if generates else None,
+        **{name: sum(line[name] for line in lines) / len(lines) if generates else None for name in METRICS},
         "model_name_or_path": config.model_name_or_path,
         "data_path": str(config.data_path),
         "blank_image": config.blank_image,
@@ -84,15 +84,6 @@ def _as_cut(records: Iterable[Record], index: SampleIndex) -> list[Record]:
         replace(record, turns=record.turns[: len(record.turns) - dropped], images=record.images[:num_images])
         for record, dropped, num_images in columns
     ]
-
-
-def is_match(answer: str, reference: str) -> bool:
-    """Compare two short answers without case, punctuation at the ends, or repeated spaces."""
-    return _normalized(answer) == _normalized(reference)
-
-
-def _normalized(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip(" \t\n.,!?;:'\"").lower()
 
 
 def _has_short_answers(records: list[Record]) -> bool:
@@ -147,7 +138,8 @@ def _line(record: Record, loss: float, num_supervised: int, answer: str | None) 
         "num_supervised": num_supervised,
     }
     if answer is not None:
-        line |= {"answer": answer, "correct": is_match(answer, record.turns[-1].text)}
+        values = {name: metric(answer, record.turns[-1].text) for name, metric in METRICS.items()}
+        line |= {"answer": answer, "correct": values["exact_match"] == 1, **values}
     return line
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llavaforge.data.rows.kinds import FILE_KINDS, suffix_of
 from llavaforge.data.rows.sources import Source
 from llavaforge.data.storage import archives
 from llavaforge.data.storage.image_store import ARCHIVES
@@ -47,7 +48,7 @@ def _contents(path: Path, cache_dir: Path) -> str:
 
     The SHA-256 is remembered by size, times and inode, since a gigabyte takes a second or more.
     """
-    if path.suffix in (".parquet", ".arrow", ".tar"):
+    if FILE_KINDS[suffix_of(path)].holds_images:
         return archives.fingerprint(path)
     status = path.stat()
     key = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

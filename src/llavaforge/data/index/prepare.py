@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 
 from llavaforge.data.faults import Fault, RecordError
 from llavaforge.data.index.fingerprint import fingerprint_of
-from llavaforge.data.rows.readers import Chunk, Malformed, parse_raw, read_chunks
+from llavaforge.data.rows.kinds import Chunk, read_chunks
+from llavaforge.data.rows.readers import Malformed, parse_raw
 from llavaforge.data.rows.records import Record, id_of, parse_record
 from llavaforge.data.rows.sources import Source
 from llavaforge.data.storage import columns

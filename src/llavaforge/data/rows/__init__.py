@@ -1,1 +1,1 @@
-"""RowNumbers of data sets, in any known format, as records."""
+"""Rows of data sets, in any known format, as records."""

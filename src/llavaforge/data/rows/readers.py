@@ -1,7 +1,7 @@
-"""The rows of a data file, a chunk at a time, whatever its kind; memory does not grow with the file.
+"""How the rows of each kind of data file are read, one at a time: memory does not grow with the file.
 
-Comes in: a file found by `data/rows/sources.py`. Goes out: chunks of raw rows with their numbers. JSON rows stay text
-here: parsing them is the workers' part.
+Comes in: an open file (`data/rows/kinds.py` says which reader it gets). Goes out: numbered raw rows. JSON rows stay
+text here: parsing them is the part of the worker processes.
 """
 
 import gzip
@@ -10,9 +10,7 @@ import json
 import posixpath
 import re
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +26,6 @@ from llavaforge.data.storage.image_ref import IMAGE_KEYS, ImageRef
 from llavaforge.errors import UserError
 
 _CONVERSATIONS = ("conversations", "messages")
-_JSON_LINES = (".jsonl", ".ndjson")
 _TEXT_MEMBERS = {"txt": "caption", "text": "caption", "caption": "caption"}
 _IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "ppm")
 
@@ -38,47 +35,6 @@ class Malformed:
     """A row that is not JSON."""
 
     message: str
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """RowNumbers of one file.
-
-    Attributes:
-        file: number of the file.
-        rows: their numbers: of lines (from 1) in .jsonl, else of rows (from 0).
-        raws: JSON text, values, or `Malformed`.
-        progress: how much of the file was read by then, 0 to 1.
-    """
-
-    file: int
-    rows: list[int]
-    raws: list[Any]
-    progress: float
-
-
-def read_chunks(path: Path, file: int, size: int) -> Iterator[Chunk]:
-    """Yield a data file's rows.
-
-    Args:
-        path: .json, .jsonl or .ndjson (also .gz, .zst), .parquet, .arrow, or .tar (WebDataset).
-        file: its number in the data set; its images are in container `file + 1`.
-        size: most rows of a chunk.
-
-    Raises:
-        UserError: the file cannot be read as what its name says.
-    """
-    rows: list[int] = []
-    raws: list[Any] = []
-    with _opened(path, file + 1) as (pairs, progress):
-        for row, raw in pairs:
-            rows.append(row)
-            raws.append(raw)
-            if len(rows) == size:
-                yield Chunk(file, rows, raws, progress(row))
-                rows, raws = [], []
-    if rows:
-        yield Chunk(file, rows, raws, 1.0)
 
 
 def parse_raw(raw: Any) -> Any:
@@ -94,40 +50,24 @@ def parse_raw(raw: Any) -> Any:
         return Malformed(f"malformed JSON: {error}. Mend the line.")
 
 
-def is_json_lines(path: Path) -> bool:
-    """Say whether a file's name tells JSON lines."""
-    return any(suffix in _JSON_LINES for suffix in path.suffixes[-2:])
+def column_rows(path: Path, _: BinaryIO, container: int) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a Parquet or Arrow file."""
+    return columns.read_rows(path, container, FIELDS, _CONVERSATIONS)
 
 
-@contextmanager
-def _opened(path: Path, container: int) -> Iterator[tuple[Iterator[tuple[int, Any]], Callable[[int], float]]]:
-    """Open a data file; gives its numbered rows, and how much of it is read by a row, from 0 to 1."""
-    size = max(1, path.stat().st_size)
-    try:
-        with open(path, "rb") as file:
-            if path.suffix in columns.SUFFIXES:
-                num_rows = columns.num_rows(path)
-                yield columns.read_rows(path, container, FIELDS, _CONVERSATIONS), lambda row: (row + 1) / num_rows
-            elif path.suffix == ".tar":
-                yield enumerate(_tar_rows(path, file, container)), lambda _: file.tell() / size
-            else:
-                yield _text_rows(path, file), lambda _: file.tell() / size
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from None
-    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read to its end ({error}). Download it again.") from None
-
-
-def _text_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+def json_rows(path: Path, file: BinaryIO, _: int) -> Iterator[tuple[int, str]]:
+    """Yield the rows of a JSON list as text, numbered from 0; or of JSON lines by another name."""
     text = _decoded(path, file)
-    if is_json_lines(path):
-        yield from ((number, line) for number, line in enumerate(text, 1) if line.strip())
-        return
     start = text.read(json_list.CHUNK_CHARACTERS)
     if start.lstrip().startswith("{"):  # JSON lines by another name
         yield from enumerate(line for line in _lines_of_objects(start, text, path) if line.strip())
     else:
         yield from enumerate(JsonList(path, text, start))
+
+
+def json_line_rows(path: Path, file: BinaryIO, _: int) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file that are not empty, numbered from 1."""
+    return ((number, line) for number, line in enumerate(_decoded(path, file), 1) if line.strip())
 
 
 def _lines_of_objects(start: str, rest: IO[str], path: Path) -> Iterator[str]:
@@ -149,9 +89,13 @@ def _decoded(path: Path, file: BinaryIO) -> IO[str]:
     return io.TextIOWrapper(file, encoding="utf-8-sig")
 
 
-def _tar_rows(path: Path, file: BinaryIO, container: int) -> Iterator[Any]:
+def tar_rows(path: Path, file: BinaryIO, container: int) -> Iterator[tuple[int, Any]]:
     """Yield the samples of a WebDataset tar: members in a row that share a name up to its first dot."""
-    opened = archives.OpenFile(path)  # its reads leave the place of `file`
+    return enumerate(_tar_samples(path, file, container))
+
+
+def _tar_samples(path: Path, file: BinaryIO, container: int) -> Iterator[Any]:
+    opened = archives.OpenFile(path)  # its reads leave the position of `file`
     for key, group in groupby(archives.tar_members(path, file), lambda member: _key_and_extension(member)[0]):
         members: list[tuple[str, ImageRef | bytes]] = []
         for member in group:

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavaforge.config.schema import DataEntry
+from llavaforge.data.rows.kinds import FILE_KINDS, PACKED, suffix_of
 from llavaforge.data.storage import columns
 from llavaforge.data.storage.image_store import ImageStore, close_files, find_image_root
 from llavaforge.errors import UserError
 
-_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson")
-_PACKED = (".gz", ".zst")
-_SUFFIXES = (*_TEXT_SUFFIXES, *columns.SUFFIXES, ".tar")
-_KNOWN = f"{', '.join(_SUFFIXES)}; of the first three also .gz and .zst"
+_TEXTS = [suffix for suffix, kind in FILE_KINDS.items() if not kind.holds_images]
+_KNOWN = f"{', '.join(FILE_KINDS)}; of {', '.join(_TEXTS)} also {' and '.join(PACKED)}"
 _USUAL_SPLITS = ("train", "validation", "val", "valid", "dev", "test", "eval")
 _NUMBERED = re.compile(r"-\d+-of-\d+")
 _SHARD = re.compile(r"([A-Za-z][\w.-]*?|)(?:-\d+-of-\d+(?:-[0-9a-f]+)?|[-_.]?\d*)")  # (split) (number of the shard)
@@ -71,14 +70,14 @@ def find_source(entry: DataEntry, cache_dir: Path) -> Source:
         if not os.access(file, os.R_OK):
             raise UserError(f"{file}: not there, or not readable. Save or download {path} again.")
     root = find_image_root(entry.images, path if path.is_dir() else path.parent)
-    own = files if _kind(files[0]) not in _TEXT_SUFFIXES else ()
+    own = files if FILE_KINDS[suffix_of(files[0])].holds_images else ()
     return Source(entry, str(entry.path), tuple(files), ImageStore((root, *own), cache_dir / "archives"))
 
 
 def _files(path: Path, entry: DataEntry) -> list[Path]:
     if path.is_file():
-        if _kind(path) not in _SUFFIXES:
-            hint = " Unpack it: it is read in place." if set(path.suffixes) & {".tgz", *_PACKED} else ""
+        if suffix_of(path) not in FILE_KINDS:
+            hint = " Unpack it: it is read in place." if set(path.suffixes) & {".tgz", *PACKED} else ""
             raise UserError(f"{path}: not a known kind of data file.{hint} Known: {_KNOWN}.")
         if entry.split:
             raise UserError(f"{path}: a single file has no split {entry.split!r}. Drop `split`, or name the folder.")
@@ -86,11 +85,11 @@ def _files(path: Path, entry: DataEntry) -> list[Path]:
     if _is_saved(path):
         return _saved_files(path, entry.split)
     found = [file for file in sorted(path.iterdir()) if _is_data(file)]
-    texts = [file for file in found if _kind(file) in _TEXT_SUFFIXES]
+    texts = [file for file in found if suffix_of(file) in _TEXTS]
     found += [file for file in sorted((path / "data").glob("*")) if _is_data(file)]
     if entry.split or not any(file.name.split(".")[0] == "chat" for file in texts):
         for suffixes in (columns.SUFFIXES, (".tar",)):
-            shards = [file for file in found if _kind(file) in suffixes and not _is_image_root(file, entry)]
+            shards = [file for file in found if suffix_of(file) in suffixes and not _is_image_root(file, entry)]
             if shards:
                 return _of_split(path, shards, entry.split)
     if texts and all(_NUMBERED.search(file.name) for file in texts):
@@ -99,7 +98,7 @@ def _files(path: Path, entry: DataEntry) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    return file.is_file() and _kind(file) in _SUFFIXES and not file.name.startswith(".")
+    return file.is_file() and suffix_of(file) in FILE_KINDS and not file.name.startswith(".")
 
 
 def _is_image_root(file: Path, entry: DataEntry) -> bool:
@@ -127,7 +126,7 @@ def _of_split(path: Path, files: Sequence[Path], split: str | None) -> list[Path
     """Return the shards of a split: `train-00000-of-00004.parquet` is of the split train."""
     splits: dict[str, list[Path]] = {}
     for file in files:
-        stem = file.name.removesuffix(file.suffix).removesuffix(_kind(file))
+        stem = file.name.removesuffix(file.suffix).removesuffix(suffix_of(file))
         match = _SHARD.fullmatch(stem)
         splits.setdefault(match.group(1) if match else stem, []).append(file)
     if split is None:
@@ -163,6 +162,8 @@ def _saved_files(path: Path, split: str | None) -> list[Path]:
             raise UserError(f"{path}: has no splits, so not {split!r}. Drop `split`.")
         files = json.loads((path / "state.json").read_bytes())["_data_files"]
         saved = [path / file["filename"] for file in files]
+        if others := [file.name for file in saved if file.suffix != ".arrow"]:
+            raise ValueError(f"state.json names {others[0]}, which is no .arrow file")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not what `save_to_disk` writes ({error}). Save it again.") from None
     if not saved:
@@ -170,15 +171,8 @@ def _saved_files(path: Path, split: str | None) -> list[Path]:
     return saved
 
 
-def _kind(path: Path) -> str:
-    """Return a file's suffix; of packed text the one below .gz or .zst."""
-    suffixes = path.suffixes
-    packed_text = len(suffixes) > 1 and suffixes[-1] in _PACKED and suffixes[-2] in _TEXT_SUFFIXES
-    return suffixes[-2] if packed_text else path.suffix
-
-
 def _from_hub(name: str) -> Path:
-    is_local = Path(name).parent.exists() or _kind(Path(name)) in _SUFFIXES
+    is_local = Path(name).parent.exists() or suffix_of(Path(name)) in FILE_KINDS
     if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{name}: no such file or folder (data_path).")
     from huggingface_hub import snapshot_download
