@@ -51,7 +51,7 @@ def floor_of(room: str, floors: list[set[str]]) -> int:
 
 def check_arrows(folder: Path, prefix: str, floors: list[set[str]]) -> None:
     for path in sorted(folder.rglob("*.py")):
-        room = path.relative_to(folder).data_sets[0].removesuffix(".py")
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
         if room == "__init__" and folder != PACKAGE:
             continue
         for name in imports_of(path):

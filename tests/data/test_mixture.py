@@ -416,9 +416,9 @@ def test_a_quarantine_list_holds_for_data_by_another_path(two_sets: SampleIndex,
 
 def test_a_quarantine_list_for_other_contents_is_refused(two_sets: SampleIndex, tmp_path: Path) -> None:
     listed = quarantine_list(tmp_path / "list.jsonl", two_sets, (1, 5))
-    second = two_sets.parts[1].source.entry.path
+    second = two_sets.data_sets[1].source.entry.path
     (second / "chat.json").write_text((second / "chat.json").read_text().replace("Record 5", "Record five"))
-    changed = opened(two_sets.parts[0].source.entry.path, second)
+    changed = opened(two_sets.data_sets[0].source.entry.path, second)
     with pytest.raises(UserError, match=rf"list\.jsonl: was written for other contents of {second}.*data check"):
         drop_quarantined(changed, listed)
 

@@ -93,7 +93,7 @@ def test_a_moved_data_set_is_not_prepared_again_and_reads_its_images(tmp_path: P
     moved = open_unread(tmp_path / "elsewhere", cache)
     assert identity(moved) == identity(first)
     assert images_of(moved) == [b"image %d" % number for number in range(5)]
-    assert [str(fault) for fault in moved.parts[0].faults] == [str(fault) for fault in first.parts[0].faults]
+    assert [str(fault) for fault in moved.data_sets[0].faults] == [str(fault) for fault in first.data_sets[0].faults]
 
 
 def test_everything_that_the_tokens_depend_on_makes_another_index(loaded_llava: LoadedModel, tmp_path: Path) -> None:
@@ -193,11 +193,11 @@ def test_a_missing_image_that_is_added_is_picked_up(tmp_path: Path) -> None:
     """The old index stays as it is for a process that uses it."""
     folder, cache = write(tmp_path / "set", image_rows(5), num_images=3), tmp_path / "cache"
     first = open_unread(folder, cache)
-    assert [(fault.kind, fault.row) for fault in first.parts[0].faults] == [("missing_image", 3), ("missing_image", 4)]
+    assert [(fault.kind, fault.row) for fault in first.data_sets[0].faults] == [("missing_image", 3), ("missing_image", 4)]
     kept = identity(first)
     (folder / "images" / "3.jpg").write_bytes(b"image 3")
     second = open_unread(folder, cache)
-    assert [fault.row for fault in second.parts[0].faults] == [4]
+    assert [fault.row for fault in second.data_sets[0].faults] == [4]
     assert images_of(second) == [b"image %d" % number for number in range(4)]
     assert identity(first) == kept and images_of(first) == [b"image %d" % number for number in range(3)]
     assert identity(open_unread(folder, cache)) == identity(second)
