@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from llavaforge.engine.heartbeat import Heartbeat, Hub
+from llavaforge.engine.heartbeat import Heartbeat
 from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
 
 T = TypeVar("T")
@@ -47,7 +47,6 @@ class World:
         self.is_first_on_host = True
         self._talk: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None
-        self._hub: Hub | None = None
         self._has_failed = False
 
     @property
@@ -146,8 +145,6 @@ class World:
         """Leave the run quietly; the next one of this process opens a world anew."""
         if self._heartbeat is not None and not self._has_failed:
             self._heartbeat.leave()
-        if self._hub is not None:
-            self._hub.close()
         if dist.is_initialized() and not self._has_failed:
             dist.destroy_process_group()
 
@@ -166,6 +163,8 @@ class World:
             UserError: some did not come in time.
         """
         store, self.rank, self.size = _meet(self.rank, self.size, timeout_s)
+        if self.size > 1:
+            self._heartbeat = Heartbeat(store, os.environ["MASTER_ADDR"], self.rank, self.size, timeout_s)
         self.device = _own_device()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -178,11 +177,6 @@ class World:
         hosts = self.gather((socket.gethostname(), _device_id(self.device)))
         self.is_first_on_host = hosts[self.rank][0] not in [host for host, _ in hosts[: self.rank]]
         self.together(lambda: _check_devices(hosts, self.rank))
-        if self.size > 1:
-            if self.is_writer:
-                self._hub = Hub(self.size, timeout_s)
-            port = self.from_writer(self._hub.port if self._hub else 0)
-            self._heartbeat = Heartbeat(self.rank, self.size, (os.environ["MASTER_ADDR"], port), timeout_s)
 
 
 _open: list[World] = []  # at most one
@@ -202,7 +196,12 @@ def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World
             if not torch.cuda.is_available():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
             world = World(int(os.environ.get("RANK", "0")), size)
-            world.join(timeout_s)
+            try:
+                world.join(timeout_s)
+            except BaseException as error:
+                world.report(error)
+                world.close()
+                raise
             _open.append(world)
             atexit.register(close_world)
         world = _open[0]
