@@ -40,7 +40,7 @@ class Heartbeat:
     """
 
     def __init__(self, store: Any, address: str, rank: int, size: int, timeout_s: float) -> None:
-        self._rank, self._address = rank, address
+        self._rank = rank
         self._place: dict[str, Any] = {"at": "start", "count": 0, "timed": False}
         self._leaving = self._quiet = False
         self._over = threading.Event()
@@ -56,8 +56,9 @@ class Heartbeat:
         self._link.settimeout(min(max(1.0, size / 256), timeout_s / 4))  # from line to line: each wakes the judge
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # a host that lost its power does not hang up
             self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
-        # Who prints when the judge's host is lost: the lowest rank on another one.
-        away = (other for other in range(1, size) if store.get(f"here/{other}") != store.get("here/0"))
+        # Who prints when rank 0's host is lost: the lowest rank on another one.
+        self._host = store.get("here/0").decode()
+        away = (other for other in range(1, size) if store.get(f"here/{other}").decode() != self._host)
         self._prints = rank == next(away, 1)
         self._say({"rank": rank, "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()})
         threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
@@ -105,12 +106,12 @@ class Heartbeat:
             except OSError:
                 more = b""
         self._link.close()
-        if self._quiet:
+        if self._quiet or said == b"{}":
             return self._over.set()
         if not said:
-            text = f"host {self._address} is lost, with rank 0 and the judge of this run"
             time.sleep(0.0 if self._prints else judge.SPEECH_S)
-            _end(1, judge.with_hint(text, self._address) if self._prints else "")
+            text = f"rank 0 (host {self._host}) or the judge beside it is lost"
+            _end(1, judge.with_hint(text, self._host) if self._prints else "")
         verdict = json.loads(said)
         judge.kill(_machine(), verdict["frozen"])
         if self._leaving and verdict["rank"] == self._rank:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from typing import Any
 
 # Wait for better evidence, best first. A dead rank closes its sockets one by one, with seconds of CUDA in between.
 _EVIDENCE_WAIT_S = {"died": 0.0, "left": 1.0, "silent": 1.0, "stuck": 0.0, "peer": 4.0}
-_TICK_S = 0.1
-_FROZEN_S = 5.0
+_TICK_S = 0.05
+_FROZEN_S = 5.0  # of silence, when the run ends
+_DRAIN_S = 2.0
 SPEECH_S = 1.0  # start of the rank that prints: torchrun ends all ranks of a host after the first one
 
 
@@ -49,7 +51,7 @@ class _Rank:
 
 
 class _Judge:
-    """Hears until one rank is to blame or all have left."""
+    """Hears all ranks and finds the one to blame."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -59,14 +61,15 @@ class _Judge:
         self._now_s = self._moved_s = 0.0
 
     async def run(self, listener: socket.socket) -> None:
+        """Listen until one is to blame or rank 0 says goodbye: a launcher may end this process with rank 0."""
         await asyncio.start_server(self._hear, sock=listener)
         while not any(due_s <= self._now_s for _, due_s, _, _ in self._faults):
             await asyncio.sleep(_TICK_S)
             self._now_s += _TICK_S
-            here = [rank for rank in self._ranks if not rank.left]
-            if not here and not self._faults:
-                return
-            self._inspect(here)
+            if self._ranks[0].left and not self._faults:
+                await self._tell({}, self._ranks[1:])
+                return await self._tell({}, self._ranks[:1])
+            self._inspect([rank for rank in self._ranks if not rank.left])
         order, _, number, text = min(self._faults)
         await self._end_run(list(_EVIDENCE_WAIT_S)[order] in ("left", "peer"), self._ranks[number], text)
 
@@ -83,14 +86,15 @@ class _Judge:
         with contextlib.suppress(OSError):
             async for line in reader:
                 rank.heard_s = self._now_s
-                if line != rank.line:
-                    rank.line, self._moved_s = line, self._now_s
-                    vars(rank).update(json.loads(line))
-                    if rank.left and rank.code == 0:
-                        break
-                    if rank.left:
-                        text = f"{rank} ended with exit code {rank.code}; it was at: {rank.at}\n{rank.message}"
-                        self._blame(rank.left, rank, text)
+                if line == rank.line:
+                    continue
+                rank.line, self._moved_s = line, self._now_s
+                vars(rank).update(json.loads(line))
+                if rank.code:
+                    text = f"{rank} ended with exit code {rank.code}; it was at: {rank.at}\n{rank.message}"
+                    self._blame(rank.left, rank, text)
+                elif rank.left and rank.rank > 0:
+                    break
         rank.writer = None
         writer.close()
         if not rank.left:
@@ -114,25 +118,29 @@ class _Judge:
         self._faults.append((list(_EVIDENCE_WAIT_S).index(kind), self._now_s + _EVIDENCE_WAIT_S[kind], rank.rank, text))
 
     async def _end_run(self, prints_itself: bool, culprit: _Rank, text: str) -> None:
-        """Tell all ranks, print, kill what is frozen here."""
-        silent_s = self._now_s - min(_FROZEN_S, self._timeout_s)
-        frozen = [(r.machine, r.pid) for r in self._ranks if not r.left and r.heard_s <= silent_s]
-        wait_s = SPEECH_S if prints_itself else 0.0
-        verdict = {"rank": culprit.rank, "code": culprit.code or 1, "wait_s": wait_s, "frozen": frozen}
-        for rank in self._ranks:
-            if rank.writer:
-                rank.writer.write(json.dumps(verdict).encode())
-                rank.writer.write_eof()
+        """Print, tell all ranks, kill what is frozen here."""
         threading.Timer(10.0, os._exit, [1]).start()  # stderr may be a full pipe whose reader hangs
         if not prints_itself or culprit.host != self._ranks[0].host:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"error: {text}\n" if prints_itself else with_hint(text, culprit.host))
                 sys.stderr.flush()
-        for _ in range(30):
-            if any(rank.writer for rank in self._ranks):
-                await asyncio.sleep(_TICK_S)
+        silent_s = self._now_s - min(_FROZEN_S, self._timeout_s)
+        frozen = [(r.machine, r.pid) for r in self._ranks if not r.left and r.heard_s <= silent_s]
+        wait_s = SPEECH_S if prints_itself else 0.0
+        verdict = {"rank": culprit.rank, "code": culprit.code or 1, "wait_s": wait_s, "frozen": frozen}
+        await self._tell(verdict, self._ranks[::-1])
         kill(self._ranks[0].machine, [(r.machine, r.pid) for r in self._ranks if r.writer and not r.left])
         os._exit(0)
+
+    async def _tell(self, verdict: dict[str, Any], ranks: Sequence[_Rank]) -> None:
+        """Give a verdict (an empty one lets them go) and wait until the ranks hang up."""
+        for rank in ranks:
+            if rank.writer:
+                rank.writer.write(json.dumps(verdict).encode())
+                rank.writer.write_eof()
+        end_s = time.monotonic() + _DRAIN_S
+        while any(rank.writer for rank in ranks) and time.monotonic() < end_s:
+            await asyncio.sleep(_TICK_S)
 
 
 def _common_place(ranks: Sequence[_Rank]) -> str:

@@ -142,7 +142,7 @@ class World:
         self._has_failed = True
 
     def close(self) -> None:
-        """Leave the run quietly; the next one of this process opens a world anew."""
+        """Leave the run, quietly unless that was reported; called when this process exits."""
         if self._heartbeat is not None and not self._has_failed:
             self._heartbeat.leave()
         if dist.is_initialized() and not self._has_failed:
@@ -196,14 +196,13 @@ def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World
             if not torch.cuda.is_available():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
             world = World(int(os.environ.get("RANK", "0")), size)
+            atexit.register(world.close)
             try:
                 world.join(timeout_s)
             except BaseException as error:
                 world.report(error)
-                world.close()
                 raise
             _open.append(world)
-            atexit.register(close_world)
         world = _open[0]
     else:
         world = World()
@@ -212,12 +211,6 @@ def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World
     except BaseException as error:
         world.report(error)
         raise
-
-
-def close_world() -> None:
-    """Close the world of this process, if one is open."""
-    while _open:
-        _open.pop().close()
 
 
 def agreed(error: Exception) -> Exception:
