@@ -292,12 +292,20 @@ def test_a_rank_without_a_judge_says_where_it_looked(tmp_path: Path) -> None:
         Heartbeat(store, "localhost", 1, 2, timeout_s=0.6)
 
 
+def test_a_rank_that_dies_in_the_middle_of_a_line_died(start: Callable[..., Run]) -> None:
+    run = start(size=2, missing=1)
+    with socket.create_connection(("127.0.0.1", int(run.store.get("judge")))) as rank_1:
+        rank_1.sendall(b'{"rank": 1, "host": "n7", "pid": 5}\n{"at": "step 3", "count": 1, "timed": true}\n{"at": "st')
+    assert run.codes(within_s=3) == [1]
+    assert "rank 1 (host n7, pid 5) died; it was at: step 3.\n" in only_message(run)
+
+
 def test_strangers_are_ignored(start: Callable[..., Run]) -> None:
     run = start(size=2)
     for garbage in (b"GET / HTTP/1.1\r\n\r\n", b'{"left": "left"}\n', b"[1]\n", b"\xff\n", b"x" * (1 << 17)):
         with socket.create_connection(("127.0.0.1", int(run.store.get("judge")))) as stranger:
             stranger.sendall(garbage)
-    with socket.create_connection(("127.0.0.1", int(run.store.get("judge")))) as stranger:
+    with socket.create_connection(("127.0.0.1", int(run.store.get("judge"))), timeout=5) as stranger:
         stranger.sendall(b'{"rank": 1}\n')  # is taken
         assert stranger.recv(1) == b""
     for rank in (0, 1):

@@ -83,7 +83,7 @@ class _Judge:
         except (OSError, ValueError, LookupError, TypeError):  # a port scanner
             return writer.close()
         vars(rank).update(hello, writer=writer)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # it may die in the middle of a line
             async for line in reader:
                 rank.heard_s = self._now_s
                 if line == rank.line:
