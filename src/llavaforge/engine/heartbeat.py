@@ -55,7 +55,8 @@ class Heartbeat:
         os.register_at_fork(after_in_child=self._link.close)  # a loader worker must not hide the death of its parent
         self._link.settimeout(min(max(1.0, size / 256), timeout_s / 4))  # from line to line: each wakes the judge
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # a host that lost its power does not hang up
-            self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
+            timeout_ms = int(min(timeout_s * 1000, 2**31 - 1))
+            self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         # Who prints when rank 0's host is lost: the lowest rank on another one.
         self._host = store.get("here/0").decode()
         away = (other for other in range(1, size) if store.get(f"here/{other}").decode() != self._host)
@@ -90,6 +91,7 @@ class Heartbeat:
             self._over.wait(_LEAVE_S)
 
     def _say(self, line: dict[str, Any]) -> None:
+        """Send a line, small enough for the kernel to take at once: those of two threads do not mix."""
         with contextlib.suppress(OSError):  # only reading tells that the judge is lost: its verdict may be waiting
             self._link.sendall(json.dumps(line).encode() + b"\n")
 
