@@ -193,7 +193,10 @@ def test_a_missing_image_that_is_added_is_picked_up(tmp_path: Path) -> None:
     """The old index stays as it is for a process that uses it."""
     folder, cache = write(tmp_path / "set", image_rows(5), num_images=3), tmp_path / "cache"
     first = open_unread(folder, cache)
-    assert [(fault.kind, fault.row) for fault in first.data_sets[0].faults] == [("missing_image", 3), ("missing_image", 4)]
+    assert [(fault.kind, fault.row) for fault in first.data_sets[0].faults] == [
+        ("missing_image", 3),
+        ("missing_image", 4),
+    ]
     kept = identity(first)
     (folder / "images" / "3.jpg").write_bytes(b"image 3")
     second = open_unread(folder, cache)

@@ -1,123 +1,41 @@
 """A lost rank ends the whole run with one message. Real processes, real signals."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from llavaforge.processes.heartbeat import Heartbeat, Hub
-
-HOST = socket.gethostname()
-
-# A rank that does what its stdin says; its main thread hangs in `readline`, as others hang in a collective.
-RANK = """
-import json, os, socket, sys, time
-rank, world_size, port, timeout_s, host = json.loads(sys.argv[1])
-if host:
-    socket.sethostname(host)
-from llavaforge.processes.heartbeat import Heartbeat, Hub
-hub = Hub(world_size, timeout_s) if rank == 0 else None
-heartbeat = Heartbeat(rank, world_size, ("localhost", hub.port if hub else port), timeout_s)
-print(hub.port if hub else 0, flush=True)
-for line in sys.stdin:
-    verb, *arguments = json.loads(line)
-    if verb == "fork":  # a loader worker
-        if os.fork() == 0:
-            time.sleep(2.5)
-            os._exit(0)
-    elif verb == "fail":
-        heartbeat.leave(*arguments)
-        assert heartbeat.verdict(0).rank == rank
-        time.sleep(0.3)  # a traceback takes its time
-        sys.stderr.write(f"rank {rank} fails: {arguments[1]}")
-        sys.exit(arguments[0])
-    elif verb == "close":
-        heartbeat.leave()
-        if hub:
-            hub.close()
-        sys.exit(0)
-    else:
-        getattr(heartbeat, verb)(*arguments)
-    print("done", flush=True)
-"""
-
-
-class Run:
-    """The processes of a run."""
-
-    def __init__(self, folder: Path, world_size: int, timeout_s: float, hosts: list[str], missing: int) -> None:
-        self.errors = [folder / f"{rank}.err" for rank in range(world_size - missing)]
-        self.ranks: list[subprocess.Popen[str]] = []
-        port = 0
-        for rank in range(world_size - missing):
-            self.ranks.append(self.start(rank, world_size, port, timeout_s, hosts[rank] if hosts else ""))
-            port = port or int(self.answer(0))
-        for rank in range(1, world_size - missing):
-            self.answer(rank)
-
-    def start(self, rank: int, world_size: int, port: int, timeout_s: float, host: str) -> subprocess.Popen[str]:
-        arguments = f'[{rank}, {world_size}, {port}, {timeout_s}, "{host}"]'
-        with self.errors[rank].open("w") as stderr:
-            return subprocess.Popen(
-                [*(["unshare", "--uts"] if host else []), sys.executable, "-c", RANK, arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
-
-    def answer(self, rank: int) -> str:
-        stdout = self.ranks[rank].stdout
-        assert stdout
-        return stdout.readline()
-
-    def tell(self, rank: int, *command: str | int | bool) -> None:
-        """Send a command without waiting for it."""
-        stdin = self.ranks[rank].stdin
-        assert stdin
-        stdin.write(json.dumps(command) + "\n")
-        stdin.flush()
-
-    def everybody_at(self, where: str, timed: bool = False) -> None:
-        for rank in range(len(self.ranks)):
-            self.tell(rank, "at", where, timed)
-            self.answer(rank)
-
-    def codes(self, within_s: float) -> list[int]:
-        """Wait for the end of all."""
-        end_s = time.monotonic() + within_s
-        return [process.wait(max(0.01, end_s - time.monotonic())) for process in self.ranks]
-
-    def said(self) -> list[str]:
-        return [path.read_text() for path in self.errors]
+from folder_store import FolderStore
+from heartbeat_runs import HOST, Run, has_ended
+from llavaforge.processes.heartbeat import Heartbeat
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs = []
 
-    def begin(world_size: int = 3, timeout_s: float = 30, hosts: Sequence[str] = (), missing: int = 0) -> Run:
+    def begin(size: int = 3, timeout_s: float = 30, hosts: Sequence[str] = (), missing: int = 0) -> Run:
         folder = tmp_path / str(len(runs))
         folder.mkdir()
-        runs.append(Run(folder, world_size, timeout_s, list(hosts), missing))
+        runs.append(Run(folder, size, timeout_s, list(hosts), missing))
         return runs[-1]
 
     yield begin
     left = [process.pid for run in runs for process in run.ranks if process.poll() is None]
+    left += [run.judge.pid for run in runs if not has_ended(run.judge, within_s=5)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, "processes were left behind"
 
 
-def only_message(run: Run, speaker: int) -> str:
+def only_message(run: Run, speaker: int = 0) -> str:
+    """Return what was said; the judge speaks on rank 0's stderr."""
     said = run.said()
     assert [rank for rank, text in enumerate(said) if text] == [speaker], said
     assert said[speaker].count("rank ") == 1, said[speaker]
@@ -128,7 +46,7 @@ def test_a_normal_end_raises_no_alarm(start: Callable[..., Run]) -> None:
     orders = [[0, 1, 2], [2, 1, 0], [1, 0, 2]] * 2
     runs = [start(timeout_s=2) for _ in orders]
     suspended = start(timeout_s=2)  # as `scontrol suspend` does
-    for process in suspended.ranks:
+    for process in (*suspended.ranks, suspended.judge):
         process.send_signal(signal.SIGSTOP)
     for run, order in zip(runs[:3], orders, strict=False):  # at once
         for rank in order:
@@ -137,7 +55,7 @@ def test_a_normal_end_raises_no_alarm(start: Callable[..., Run]) -> None:
         for run, order in zip(runs[3:], orders[3:], strict=True):
             run.tell(order[turn], "close")
         time.sleep(0.75)  # three times: longer than the limit
-    for process in suspended.ranks:
+    for process in (*suspended.ranks, suspended.judge):
         process.send_signal(signal.SIGCONT)
     time.sleep(0.7)
     for rank in (1, 2, 0):
@@ -148,7 +66,7 @@ def test_a_normal_end_raises_no_alarm(start: Callable[..., Run]) -> None:
 
 
 def test_a_killed_rank_ends_all(start: Callable[..., Run]) -> None:
-    second, forked = start(), {lost: start(world_size=2) for lost in (0, 1)}
+    second, forked = start(), {lost: start(size=2) for lost in (0, 1)}
     second.ranks[2].send_signal(signal.SIGSTOP)
     second.ranks[1].kill()
     for lost, run in forked.items():  # a loader worker does not hide the death of its rank
@@ -157,47 +75,45 @@ def test_a_killed_rank_ends_all(start: Callable[..., Run]) -> None:
             run.answer(rank)
         run.ranks[lost].kill()
         assert sorted(run.codes(within_s=2)) == [-9, 1]
-        assert f"rank {lost} " in only_message(run, 1 - lost)
+        assert f"rank {lost} " in only_message(run)
 
-    runs = {(lost, speaker): start(timeout_s=4) for lost, speaker in [(1, 0), (2, 0), (0, 1)]}
+    runs = {lost: start(timeout_s=4) for lost in range(3)}
     for run in runs.values():
         run.everybody_at("step 12: backward of micro-step 3")
     time.sleep(1.5)  # until the place has been told
-    for (lost, _), run in runs.items():
+    for lost, run in runs.items():
         run.ranks[lost].kill()
-    for (lost, speaker), run in runs.items():
+    for lost, run in runs.items():
         assert run.codes(within_s=3) == [-9 if rank == lost else 1 for rank in range(3)]
-        message = only_message(run, speaker)
+        message = only_message(run)
         assert f"rank {lost} (host {HOST}, pid {run.ranks[lost].pid}) died; " in message
         assert "it was at: step 12: backward of micro-step 3.\nThe last checkpoint is intact" in message
     assert second.codes(within_s=3) == [1, -9, -9]  # the stopped one is not left behind
-    assert "rank 1 " in only_message(second, 0)
+    assert "rank 1 " in only_message(second)
 
 
 def test_a_stopped_rank_ends_all_and_is_killed(start: Callable[..., Run]) -> None:
-    runs = {(lost, speaker): start(timeout_s=2) for lost, speaker in [(1, 0), (0, 1)]}
-    missing = start(world_size=4, timeout_s=2, missing=2)
+    runs, missing = {lost: start(timeout_s=2) for lost in (0, 1)}, start(size=4, timeout_s=2, missing=2)
     for run in runs.values():
         run.everybody_at("loading weights")
     time.sleep(0.9)
-    for (lost, _), run in runs.items():
+    for lost, run in runs.items():
         run.ranks[lost].send_signal(signal.SIGSTOP)
-    for (lost, speaker), run in runs.items():
+    for lost, run in runs.items():
         assert run.codes(within_s=7) == [-9 if rank == lost else 1 for rank in range(3)]
-        message = only_message(run, speaker)
+        message = only_message(run)
         assert f"rank {lost} (host {HOST}, pid {run.ranks[lost].pid}) has not answered for 2 s; " in message
         assert "it was at: loading weights.\n" in message
     assert missing.codes(within_s=4) == [1, 1]
-    assert "no sign of rank 2, 3 within 2 s after the start.\n" in only_message(missing, 0)
+    assert "rank 2 (host unknown, pid 0) has not answered for 2 s; it was at: start.\n" in only_message(missing)
 
 
 def test_a_rank_that_fails_takes_all_with_its_exit_code_but_blames_a_lost_peer(start: Callable[..., Run]) -> None:
     runs = {(rank, exit_code): start() for rank, exit_code in [(0, 2), (2, 75)]}
-    together, victims, alone, mistaken = start(), start(), start(world_size=2), start(world_size=2)
+    together, victims, alone, mistaken = start(), start(), start(size=2), start(size=2)
     for rank in (2, 0):
         victims.tell(rank, "fail", 1, "Connection closed by peer", True)
     alone.tell(1, "fail", 1, "Connection closed by peer", True)
-    alone.tell(0, "verdict", 20)
     mistaken.tell(0, "fail", 1, "RuntimeError: NCCL")
     for rank in range(3):
         together.tell(rank, "fail", 2, "no such folder")
@@ -207,14 +123,14 @@ def test_a_rank_that_fails_takes_all_with_its_exit_code_but_blames_a_lost_peer(s
     time.sleep(0.3)
     mistaken.ranks[1].kill()
     assert mistaken.codes(within_s=3) == [1, -9]
-    assert "rank 1 " in only_message(mistaken, 0)
+    assert "rank 1 " in only_message(mistaken)
 
     assert runs[2, 75].ranks[2].wait(5) == 75
     assert runs[2, 75].ranks[0].poll() is None  # torchrun would have ended rank 2 before it could speak
     time.sleep(0.4)  # longer than an unflagged failure waits
     victims.ranks[1].kill()
     assert victims.codes(within_s=3) == [1, -9, 1]
-    assert f"rank 1 (host {HOST}, pid {victims.ranks[1].pid}) died" in only_message(victims, 0)
+    assert f"rank 1 (host {HOST}, pid {victims.ranks[1].pid}) died" in only_message(victims)
 
     for (rank, exit_code), run in runs.items():
         assert run.codes(within_s=5) == [exit_code] * 3
@@ -226,7 +142,7 @@ def test_a_rank_that_fails_takes_all_with_its_exit_code_but_blames_a_lost_peer(s
 
 
 def test_no_progress_names_the_rank_behind_unless_a_place_is_untimed(start: Callable[..., Run]) -> None:
-    run, alike, untimed = start(timeout_s=2), start(world_size=2, timeout_s=2), start(world_size=2, timeout_s=2)
+    run, alike, untimed = start(timeout_s=2), start(size=2, timeout_s=2), start(size=2, timeout_s=2)
     run.everybody_at("step 12: reading images", True)
     for rank in (0, 2):
         run.tell(rank, "at", "step 12: gradients", True)
@@ -234,7 +150,7 @@ def test_no_progress_names_the_rank_behind_unless_a_place_is_untimed(start: Call
     untimed.everybody_at("step 12: gradients", True)
     untimed.tell(0, "at", "writing the checkpoint")
     assert run.codes(within_s=6) == [1, 1, 1]
-    message = only_message(run, 0)
+    message = only_message(run)
     assert (
         f"no progress for 2 s: rank 1 (host {HOST}, pid {run.ranks[1].pid}) is at: step 12: reading images" in message
     )
@@ -250,15 +166,15 @@ def test_no_progress_names_the_rank_behind_unless_a_place_is_untimed(start: Call
 
 def test_ranks_on_several_hosts(start: Callable[..., Run]) -> None:
     need_hostnames()
-    failed, lost = start(hosts=["n1", "n1", "n2"]), start(world_size=4, hosts=["n1", "n1", "n2", "n2"])
+    failed, lost = start(hosts=["n1", "n1", "n2"]), start(size=4, hosts=["n1", "n1", "n2", "n2"])
     failed.tell(2, "fail", 2, "image 7 is broken")
-    time.sleep(1.2)  # until the hub has chosen who speaks
-    for rank in (1, 0):  # the whole host of rank 0, with no time for the hub to notice
-        lost.ranks[rank].send_signal(signal.SIGSTOP)
-    for rank in (1, 0):
-        lost.ranks[rank].kill()
+    for process in (lost.judge, *lost.ranks[:2]):  # the whole host of rank 0, with no time for the judge to notice
+        process.send_signal(signal.SIGSTOP)
+    for process in (lost.judge, *lost.ranks[:2]):
+        process.kill()
     assert lost.codes(within_s=4) == [-9, -9, 1, 1]
-    assert "rank 0 (host n1, " in only_message(lost, 2)
+    message = "error: rank 0 (host n1) or the judge beside it is lost.\nThe last checkpoint is intact"
+    assert [text[: len(message)] for text in lost.said()] == ["", "", message, ""]
     assert failed.codes(within_s=4) == [2, 2, 2]
     said = failed.said()
     assert said[0].startswith("error: rank 2 (host n2, pid ") and "image 7 is broken" in said[0]
@@ -272,23 +188,30 @@ def need_hostnames() -> None:
     pytest.skip("needs unshare --uts to give processes a host name")
 
 
-def test_a_member_without_a_hub_says_where_it_looked() -> None:
-    begin_s = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"rank 1 cannot join rank 0's heartbeat at localhost:1: .*refused"):
-        Heartbeat(1, 2, ("localhost", 1), timeout_s=0.6)
-    assert 0.5 < time.monotonic() - begin_s < 2
+def test_a_rank_without_a_judge_says_where_it_looked(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.set("judge", "1")
+    with pytest.raises(ConnectionError, match=r"rank 1 cannot reach rank 0's judge at localhost:1: .*refused"):
+        Heartbeat(store, "localhost", 1, 2, timeout_s=0.6)
 
 
-def test_a_rank_that_is_taken_is_refused_and_strangers_are_ignored() -> None:
-    hub = Hub(2, timeout_s=20)
-    heartbeats = [Heartbeat(rank, 2, ("localhost", hub.port), 20) for rank in (0, 1)]
-    with pytest.raises(ConnectionError, match="it has rank 1"):
-        Heartbeat(1, 2, ("localhost", hub.port), 20)
-    with pytest.raises(ConnectionError, match=r"its world size is 2 \(here 3\)"):
-        Heartbeat(1, 3, ("localhost", hub.port), 20)
-    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b'{"leave": 1}\n', b"[1]\n", b"\xff\n"):
-        with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
+def test_a_rank_that_dies_in_the_middle_of_a_line_died(start: Callable[..., Run]) -> None:
+    run = start(size=2, missing=1)
+    with socket.create_connection(("127.0.0.1", int(run.store.get("judge")))) as rank_1:
+        rank_1.sendall(b'{"rank": 1, "host": "n7", "pid": 5}\n{"at": "step 3", "count": 1, "timed": true}\n{"at": "st')
+    assert run.codes(within_s=3) == [1]
+    assert "rank 1 (host n7, pid 5) died; it was at: step 3.\n" in only_message(run)
+
+
+def test_strangers_are_ignored(start: Callable[..., Run]) -> None:
+    run = start(size=2)
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b'{"left": "left"}\n', b"[1]\n", b"\xff\n", b"x" * (1 << 17)):
+        with socket.create_connection(("127.0.0.1", int(run.store.get("judge")))) as stranger:
             stranger.sendall(garbage)
-    for heartbeat in reversed(heartbeats):
-        heartbeat.leave()
-    hub.close()
+    with socket.create_connection(("127.0.0.1", int(run.store.get("judge"))), timeout=5) as stranger:
+        stranger.sendall(b'{"rank": 1}\n')  # is taken
+        assert stranger.recv(1) == b""
+    for rank in (0, 1):
+        run.tell(rank, "close")
+    assert run.codes(within_s=2) == [0, 0]
+    assert run.said() == ["", ""]

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
-from llavaforge.processes.heartbeat import Heartbeat, Hub
+from llavaforge.processes.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
@@ -46,7 +46,6 @@ class World:
         self.is_first_on_host = True
         self._control_group: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None
-        self._hub: Hub | None = None
         self._has_failed = False
 
     @property
@@ -142,11 +141,9 @@ class World:
         self._has_failed = True
 
     def close(self) -> None:
-        """Leave the run quietly; the next one of this process opens a world anew."""
+        """Leave the run, quietly unless that was reported; called when this process exits."""
         if self._heartbeat is not None and not self._has_failed:
             self._heartbeat.leave()
-        if self._hub is not None:
-            self._hub.close()
         if dist.is_initialized() and not self._has_failed:
             dist.destroy_process_group()
 
@@ -165,6 +162,8 @@ class World:
             UserError: some did not come in time.
         """
         store, self.rank, self.size = _meet(self.rank, self.size, timeout_s)
+        if self.size > 1:
+            self._heartbeat = Heartbeat(store, os.environ["MASTER_ADDR"], self.rank, self.size, timeout_s)
         self.device = _own_device()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -177,11 +176,6 @@ class World:
         hosts = self.all_gather_objects((socket.gethostname(), _device_id(self.device)))
         self.is_first_on_host = hosts[self.rank][0] not in [host for host, _ in hosts[: self.rank]]
         self.run_on_all(lambda: _check_devices(hosts, self.rank))
-        if self.size > 1:
-            if self.is_writer:
-                self._hub = Hub(self.size, timeout_s)
-            port = self.broadcast_object(self._hub.port if self._hub else 0)
-            self._heartbeat = Heartbeat(self.rank, self.size, (os.environ["MASTER_ADDR"], port), timeout_s)
 
 
 _open: list[World] = []  # at most one
@@ -201,9 +195,13 @@ def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World
             if not torch.cuda.is_available():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
             world = World(int(os.environ.get("RANK", "0")), size)
-            world.join(timeout_s)
+            atexit.register(world.close)
+            try:
+                world.join(timeout_s)
+            except BaseException as error:
+                world.report(error)
+                raise
             _open.append(world)
-            atexit.register(close_world)
         world = _open[0]
     else:
         world = World()
@@ -212,12 +210,6 @@ def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World
     except BaseException as error:
         world.report(error)
         raise
-
-
-def close_world() -> None:
-    """Close the world of this process, if one is open."""
-    while _open:
-        _open.pop().close()
 
 
 def agreed(error: Exception) -> Exception:
