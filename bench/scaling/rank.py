@@ -31,8 +31,8 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.engine.base import Engine
 from llavaforge.engine.plain import PlainEngine
 from llavaforge.engine.zero import ZeroEngine
-from llavaforge.training import trainer
-from llavaforge.training.run import train
+from llavaforge.training import run
+from llavaforge.training.opening import OpenedStage
 
 # Where each collective has its whole tensor: keyword and place of the argument.
 _WHOLE = {
@@ -141,17 +141,17 @@ def main(config: TrainConfig, threshold: int, output: Path) -> None:
 
         return marked
 
-    def counting(resume: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(self: Any) -> Any:  # before ZeRO-3 deals the parameters out
-            weights.update(asdict(Weights.of(self._loaded.model, threshold, config.gradient_checkpointing)))
-            return resume(self)
+    def counting(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(opened: OpenedStage, engine: Engine) -> Any:  # before ZeRO-3 deals the parameters out
+            weights.update(asdict(Weights.of(opened.loaded.model, threshold, config.gradient_checkpointing)))
+            return prepare(opened, engine)
 
         return counted
 
     for engine in (PlainEngine, ZeroEngine):
         engine.step = marking(engine.step)
-    trainer.Trainer.resume = counting(trainer.Trainer.resume)
-    train(config)
+    run.prepare_or_resume = counting(run.prepare_or_resume)
+    run.train(config)
     output.write_text(json.dumps({"weights": weights, "steps": meter.steps, "checkpoints": timings}))
 
 

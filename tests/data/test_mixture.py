@@ -24,9 +24,9 @@ from llavaforge.data.index.index import SampleIndex, open_index
 from llavaforge.data.order.mixture import Mixture, drop_quarantined, mix, split_held_out
 from llavaforge.data.order.plan import Plan
 from llavaforge.errors import StoppedEarly, UserError
+from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train
-from llavaforge.training.trainer import Trainer
 from train_tools import train_config
 
 
@@ -219,15 +219,15 @@ def test_a_mixture_of_three_stopped_and_resumed_equals_uninterrupted(
         ("questions.parquet", "12.*18.*40.0%"),
     ):
         assert re.search(rf"{path}\b.*{numbers}", told)
-    agree = Trainer._agree
+    agree = Guards.agree
 
-    def agree_or_stop(self: Trainer, fault: UserError | None, stop: Any) -> None:
-        if self._state.step == 7:
+    def agree_or_stop(self: Guards, fault: UserError | None, stop: Any) -> None:
+        if self.state.step == 7:
             stop.exit_code = 75
         agree(self, fault, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agree", agree_or_stop)
+        patch.setattr(Guards, "agree", agree_or_stop)
         with pytest.raises(StoppedEarly):
             train(broken)
     assert train(broken)["global_step"] == 14

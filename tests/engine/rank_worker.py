@@ -18,6 +18,7 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.pack import Pack
 from llavaforge.model import loss
 from llavaforge.model.step import StepModule
+from llavaforge.training.guards import Guards
 from llavaforge.training.run import train
 from llavaforge.training.trainer import Trainer
 
@@ -31,23 +32,23 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
     `nan`: [rank, step] whose loss is not a number; `stop`: [rank, step] at which that rank is asked to stop; `chunk`: a
     number of supervised tokens from which the loss is computed in pieces.
     """
-    forward, agree, chunk = StepModule.forward, Trainer._agree, loss.CHUNK
+    forward, agree, chunk = StepModule.forward, Guards.agree, loss.CHUNK
 
     def poisoned(self: StepModule, pack: Pack) -> torch.Tensor:
         total = forward(self, pack)
         return total * float("nan") if faults.get("nan") == [RANK, pack.source.step] and total.requires_grad else total
 
-    def stopped(self: Trainer, fault: Any, stop: Any) -> None:
-        if faults.get("stop") == [RANK, self._state.step]:
+    def stopped(self: Guards, fault: Any, stop: Any) -> None:
+        if faults.get("stop") == [RANK, self.state.step]:
             stop.exit_code = 75
         agree(self, fault, stop)
 
-    StepModule.forward, Trainer._agree = poisoned, stopped  # type: ignore[method-assign]
+    StepModule.forward, Guards.agree = poisoned, stopped  # type: ignore[method-assign]
     loss.CHUNK = faults.get("chunk", chunk)
     try:
         yield
     finally:
-        StepModule.forward, Trainer._agree, loss.CHUNK = forward, agree, chunk  # type: ignore[method-assign]
+        StepModule.forward, Guards.agree, loss.CHUNK = forward, agree, chunk  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

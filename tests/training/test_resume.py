@@ -15,25 +15,25 @@ import torch
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.errors import StoppedEarly, UserError
 from llavaforge.files import differences
+from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train
-from llavaforge.training.trainer import Trainer
 from train_tools import command, tensors_of, train_config
 
 STEPS = 12
 KILLED_IN_STEP_9 = """
 import os, signal, sys
 from llavaforge import cli
-from llavaforge.training.trainer import Trainer
+from llavaforge.training.step import OptimizerStep
 
-step = Trainer._step
+step = OptimizerStep.__call__
 
 def step_or_die(self, *arguments):
-    if self._state.step == 8:
+    if self.state.step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *arguments)
 
-Trainer._step = step_or_die
+OptimizerStep.__call__ = step_or_die
 cli.main(sys.argv[1:])
 """
 
@@ -106,14 +106,14 @@ def test_a_signal_to_the_whole_group_saves_and_says_start_again(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask for a stop as a signal would, at a chosen step."""
-    agree = Trainer._agree
+    agree = Guards.agree
 
-    def agree_or_stop(self: Trainer, fault: UserError | None, stop: Any) -> None:
-        if self._state.step == step:
+    def agree_or_stop(self: Guards, fault: UserError | None, stop: Any) -> None:
+        if self.state.step == step:
             stop.exit_code = 75
         agree(self, fault, stop)
 
-    monkeypatch.setattr(Trainer, "_agree", agree_or_stop)
+    monkeypatch.setattr(Guards, "agree", agree_or_stop)
 
 
 @pytest.mark.parametrize("train_type", ["use_lora", "full"])

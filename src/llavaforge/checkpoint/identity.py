@@ -6,36 +6,50 @@ between two of them.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import nn
 
+from llavaforge import __version__
 from llavaforge.config.schema import TrainConfig, identifying
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.order.mixture import Mixture, RowNumbers
 from llavaforge.errors import UserError
 from llavaforge.files import fingerprint
+from llavaforge.model.load import LoadedModel
+from llavaforge.model.trainable import lora_options
 
 
-def identity(
-    config: TrainConfig, base_model: Path, projector: nn.Module | None, data: Sequence[Any], global_batch_size: int
+def describe_run(
+    config: TrainConfig, loaded: LoadedModel, index: SampleIndex, mixture: Mixture, global_batch_size: int
 ) -> dict[str, Any]:
-    """Return what identifies a run.
+    """Return what stands in every `run.json`: what identifies the run, and what a reader of its folders needs.
 
     Args:
-        config: its options; `config.schema.Changeable` marks those that are left out.
-        base_model: folder of the model it starts from.
-        projector: one that took the place of the base model's own, or None.
-        data: identifies the samples of an epoch.
+        config: the run's options; `config.schema.Changeable` marks those that do not identify it.
+        loaded: the model it starts from.
+        index: all its data.
+        mixture: what of it an epoch holds.
         global_batch_size: samples per step.
     """
-    values = config.model_dump(mode="json")
-    return {name: values[name] for name in identifying()} | {
-        "base_model": fingerprint(base_model),
+    values, lora = config.model_dump(mode="json"), lora_options(config)
+    projector = loaded.model.model.multi_modal_projector if config.projector_from else None
+    identity = {name: values[name] for name in identifying()} | {
+        "base_model": fingerprint(loaded.path),
         "projector": sum(float(p.double().sum()) for p in projector.parameters()) if projector is not None else None,
-        "data": list(data),
+        "data": [index.fingerprint, *mixture.draws, _checksum(mixture.rows)],
         "global_batch_size": global_batch_size,
+    }
+    return {
+        "llavaforge": __version__,
+        "train_type": config.train_type,
+        "base_model": str(loaded.path.absolute()),
+        "lora": asdict(lora) if lora is not None else None,
+        "data": [entry.model_dump(mode="json", exclude_defaults=True) for entry in config.entries],
+        "identity": identity,
+        "config": values,
     }
 
 
@@ -61,6 +75,6 @@ def check_same_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -
         )
 
 
-def checksum_of_rows(rows: Sequence[npt.NDArray[np.int64]]) -> str:
+def _checksum(rows: Sequence[RowNumbers]) -> str:
     """Identify which rows of the data take part (quarantine, held-out records)."""
     return hashlib.sha256(b"".join(np.ascontiguousarray(mine).tobytes() for mine in rows)).hexdigest()[:16]

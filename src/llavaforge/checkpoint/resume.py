@@ -17,6 +17,7 @@ from typing import Any
 
 from llavaforge.checkpoint.identity import check_same_run
 from llavaforge.checkpoint.state import PREFIX, RUN, load_run, steps_of
+from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.files import differences, remove_leftovers, replace_text
 from llavaforge.processes.world import World
@@ -90,6 +91,17 @@ def begun(output_dir: Path) -> dict[str, Any] | None:
     left = {path.name for path in output_dir.iterdir() if not path.name.startswith(".")} - {RUN}
     left -= {path.name for path in output_dir.glob("*.jsonl") if not path.stat().st_size}
     return load_run(output_dir) if left else None
+
+
+def batch_size_of_begun(config: TrainConfig) -> int | None:
+    """Return the global batch of a run that has begun, when the recipe gives only the per-device trio.
+
+    So a run that goes on with 2 instead of 4 processes keeps its batch.
+    """
+    run = begun(config.output_dir)
+    if config.global_batch_size is not None or run is None:
+        return None
+    return int(run["identity"]["global_batch_size"])
 
 
 def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], world: World) -> Path | None:

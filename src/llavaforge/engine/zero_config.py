@@ -6,15 +6,22 @@ A setting that would have no effect is an error: what a file says must be what h
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llavaforge.config.load import nearest
-from llavaforge.config.schema import shipped_deepspeed
+from llavaforge.config.schema import TrainConfig, shipped_deepspeed
 from llavaforge.errors import UserError
+from llavaforge.model.load import compute_dtype
+from llavaforge.model.trainable import learning_rate
+from llavaforge.model_folder.hub import find_model_folder
+from llavaforge.model_folder.read import read_config
 
 DEFAULT = "zero2"
 _AUTO = "auto"
@@ -78,6 +85,50 @@ def build_settings(named: str | None, known: Mapping[str, Any], hidden_size: int
     settings = {key: value for key, value in settings.items() if key not in _OURS}
     settings["zero_optimization"] = _without_auto(zero, hidden_size)
     return settings
+
+
+def settings_of_run(config: TrainConfig, global_batch_size: int | None, num_processes: int) -> dict[str, Any] | None:
+    """Return DeepSpeed's settings for a run, None for plain PyTorch; checked before a weight is read.
+
+    Args:
+        config: the run's options.
+        global_batch_size: samples per step where that is given, else None.
+        num_processes: of the run.
+
+    Raises:
+        UserError: as `build_settings` and `check_installed`.
+    """
+    if num_processes == 1 and config.deepspeed is None:
+        return None
+    hidden_size = int(read_config(find_model_folder(config.model_name_or_path)).get_text_config().hidden_size)
+    settings = build_settings(config.deepspeed, decided(config, global_batch_size, num_processes), hidden_size)
+    check_installed(settings)
+    return settings
+
+
+def decided(config: TrainConfig, global_batch_size: int | None, num_processes: int) -> dict[str, Any]:
+    """Return what the recipe decides of DeepSpeed's settings, by dotted key."""
+    micro = config.per_device_train_batch_size
+    accumulation = config.gradient_accumulation_steps
+    if micro and global_batch_size:
+        accumulation = math.ceil(global_batch_size / (micro * num_processes))
+    return {
+        "train_batch_size": global_batch_size or (micro or 0) * (accumulation or 1) * num_processes or None,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16.enabled": compute_dtype(config.bf16) == torch.bfloat16,
+        "bf16.check_grad_overflow": True,
+        "fp16.enabled": False,
+        "data_types.grad_accum_dtype": "fp32",
+        "optimizer.type": "AdamW",
+        "optimizer.params.lr": learning_rate(config),
+        "optimizer.params.betas": [config.adam_beta1, config.adam_beta2],
+        "optimizer.params.eps": config.adam_epsilon,
+        "optimizer.params.weight_decay": config.weight_decay,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": True,
+    }
 
 
 def stage_of(settings: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.join.projector import check_projector, read_projector
 from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.verify import load_verified, num_placeholders, read_checked
 
@@ -39,8 +40,13 @@ class LoadedModel:
         return int(self.processor.image_token_id)
 
 
-def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(name_or_path: str, dtype: torch.dtype | None = None, projector_from: str | None = None) -> LoadedModel:
     """Load a model folder with plain transformers and check that nothing is missing.
+
+    Args:
+        name_or_path: a model folder, or its name on the hub.
+        dtype: type of the weights; None: as the folder says.
+        projector_from: a trained projector to put in place of the model's own (`join/projector.py`).
 
     Raises:
         UserError: not a model folder, no processor, missing or unexpected tensors, or settings that do not fit
@@ -49,6 +55,10 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None) -> LoadedMod
     path = find_model_folder(name_or_path)
     config, processor = read_checked(path)
     model = load_verified(path, dtype, config, processor)
+    if projector_from is not None:
+        projector, tensors = model.model.multi_modal_projector, read_projector(projector_from)
+        check_projector(projector_from, tensors, {name: old.shape for name, old in projector.state_dict().items()})
+        projector.load_state_dict(tensors)
     return _loaded(path, model, processor)
 
 

@@ -32,8 +32,8 @@ class Heartbeat:
         address: rank 0's host.
         rank: number of this process.
         size: number of processes.
-        timeout_s: silence, or no progress where that is timed, after which the run ends. The same on all ranks, and longer
-            than any call that keeps Python's global lock.
+        timeout_s: silence, or no progress where that is timed, after which the run ends. The same on all ranks, and
+            longer than any call that keeps Python's global lock.
 
     Raises:
         ConnectionError: the judge cannot be reached.

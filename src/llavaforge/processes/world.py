@@ -63,6 +63,10 @@ class World:
         if self._heartbeat is not None:
             self._heartbeat.at(where, timed)
 
+    def at_step(self, step: int, where: str) -> None:
+        """Say where within a step, counted from 1, this process is; a step must get on within the stuck timeout."""
+        self.at(f"step {step}: {where}", timed=True)
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of some numbers over all processes."""
         return self._reduce(values, dist.ReduceOp.SUM)

@@ -5,6 +5,7 @@ masters; no frozen tensor may have changed. The commonest silent faults of LLaVA
 stays random, a "frozen" tower that trains, rates that are ignored.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -17,8 +18,12 @@ from llavaforge.data.text.sample import Sample
 from llavaforge.engine.base import Engine
 from llavaforge.errors import UserError
 from llavaforge.model.trainable import Group
+from llavaforge.training.opening import OpenedStage
+from llavaforge.training.state import TrainState
 
-STEPS_BEFORE_PROOF = 2
+logger = logging.getLogger(__name__)
+
+_STEPS_BEFORE_PROOF = 2
 
 
 class ContractError(RuntimeError):
@@ -32,14 +37,29 @@ class Contract:
         model: the stock Llava after `select`.
         groups: what learns.
         engine: prepared. Each process compares what it holds; all build and prove together.
+        num_moving_steps: steps with a learning rate above zero that a resumed run has done.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], engine: Engine) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Group], engine: Engine, num_moving_steps: int = 0) -> None:
         self._engine = engine
+        self._due = num_moving_steps + _STEPS_BEFORE_PROOF
+        self._is_proved = False
         self._part = {name: group.part for group in groups for name in group.parameters}
         self._frozen = {n: p for n, p in model.named_parameters() if n not in self._part}
         self._frozen_before = self._frozen_sums()
         self._masters_before = self._master_sums()
+
+    def prove_when_due(self, state: TrainState) -> None:
+        """Prove the contract after the step that is the second to move; nothing before and after it."""
+        if not self._is_proved and state.num_moving_steps == self._due:
+            self.prove()
+            self._is_proved = True
+            logger.info("contract proved after step %d: what should learn moved, what is frozen did not", state.step)
+
+    def warn_unless_proved(self) -> None:
+        """Say at the end of a run that was too short to prove it."""
+        if not self._is_proved:
+            logger.warning("contract not proved: that takes %d steps with a learning rate above 0", _STEPS_BEFORE_PROOF)
 
     def prove(self) -> None:
         """Compare with the state at construction.
@@ -60,7 +80,7 @@ class Contract:
         if still:
             world.fail(
                 UserError(
-                    f"{', '.join(still)} should learn but did not move in {STEPS_BEFORE_PROOF} steps. Its learning "
+                    f"{', '.join(still)} should learn but did not move in {_STEPS_BEFORE_PROOF} steps. Its learning "
                     "rate is 0, or no sample reached it (few records with images): check learning_rate and the data."
                 )
             )
@@ -76,6 +96,14 @@ def checksum(tensor: torch.Tensor) -> int:
     """Return the sum of a tensor's bit patterns; any change of one element changes it."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(words).sum(dtype=torch.int64))
+
+
+def show_contract(opened: OpenedStage, console: Console) -> None:
+    """Print what learns, and one sample as the model sees it."""
+    model, row = opened.loaded.model, opened.data.index.row(int(opened.plan.global_batch(0)[0]))
+    show_groups(opened.groups, sum(parameter.numel() for parameter in model.parameters()), console)
+    sample = Sample(row.ids.tolist(), row.supervised_spans.tolist(), row.length)
+    show_sample(sample, opened.loaded.processor.tokenizer.decode, console)
 
 
 def show_groups(groups: Sequence[Group], num_total: int, console: Console) -> None:

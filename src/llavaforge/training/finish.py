@@ -15,39 +15,38 @@ from llavaforge.checkpoint.trained import merge, read_trained
 from llavaforge.config.recipe import FINAL, result_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.engine.base import Engine
+from llavaforge.errors import UserError
 from llavaforge.files import publishing
-from llavaforge.model.load import LoadedModel
-from llavaforge.model.lora import LoraOptions, adapter_tensors, peft_config
+from llavaforge.model.lora import adapter_tensors, peft_config
+from llavaforge.model.trainable import lora_options
 from llavaforge.model_folder.processor_files import write_processor
 from llavaforge.model_folder.tensors import write_shards
 from llavaforge.model_folder.write import update_model_folder
+from llavaforge.training.opening import OpenedStage
 
 logger = logging.getLogger(__name__)
 
 
-def write_final(
-    folder: Path, loaded: LoadedModel, engine: Engine, run: dict[str, Any], lora: LoraOptions | None
-) -> None:
+def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: dict[str, Any]) -> None:
     """Publish the finished model. All processes call this; the writer writes.
 
     Args:
         folder: `output_dir/final`.
-        loaded: the model the run started from; what was frozen is copied from its files, byte for byte.
+        opened: the stage; what was frozen is copied from the files of its model, byte for byte.
         engine: gives the trained weights.
-        run: what is written to `run.json`.
-        lora: the run's LoRA options, or None when it trained plain weights.
+        result: put into `run.json`.
     """
+    run, base, lora = {**opened.run, "result": result}, opened.loaded.path, lora_options(opened.config)
     trained = dict(engine.masters())
     if engine.world.is_writer:
         if lora is None:
             shared = json.dumps(without_private_paths(run), indent=1) + "\n"
-            update_model_folder(folder, loaded.path, trained, extra_files={RUN: shared})
+            update_model_folder(folder, base, trained, extra_files={RUN: shared})
         else:
             with publishing(folder) as temporary:
                 write_shards(temporary, "adapter_model", adapter_tensors(trained).items(), max_shard_bytes=2**62)
-                base = _portable(run["config"]["model_name_or_path"])
-                peft_config(lora, base).save_pretrained(temporary)
-                write_processor(temporary, loaded.processor)
+                peft_config(lora, _portable(opened.config.model_name_or_path)).save_pretrained(temporary)
+                write_processor(temporary, opened.loaded.processor)
                 (temporary / RUN).write_text(json.dumps(run, indent=1) + "\n")
         logger.info("finished model: %s", folder)
     engine.world.barrier()
@@ -59,6 +58,17 @@ def _portable(name_or_path: str) -> str:
     return os.path.relpath(path) if path.is_absolute() else name_or_path
 
 
+def check_pointer(output_dir: Path) -> None:
+    """Check that `final` of a run with stages, which points to the newest stage's, is free or such a pointer.
+
+    Raises:
+        UserError: a file or folder of that name is in the way.
+    """
+    pointer = output_dir / FINAL
+    if pointer.exists() and not pointer.is_symlink():
+        raise UserError(f"{pointer}: is in the way of the link to the last stage's model. Move it, or train elsewhere.")
+
+
 def leave_result(stage: TrainConfig, output_dir: Path) -> None:
     """After a stage: merge a LoRA for the stage that follows, and point `output_dir/final` to the newest result."""
     if stage.uses_lora and not result_of(stage).is_dir():
@@ -66,6 +76,7 @@ def leave_result(stage: TrainConfig, output_dir: Path) -> None:
         assert trained is not None
         merge(result_of(stage), trained)
         logger.info("%s: LoRA merged into %s", stage.output_dir.name, result_of(stage))
+    check_pointer(output_dir)
     pointer = output_dir / FINAL
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(Path(stage.output_dir.name) / FINAL, target_is_directory=True)

@@ -1,20 +1,31 @@
-"""Opening a run's data: what is trained on, what is held out, what is left out.
+"""Opening all that a stage of training works with: the model, what of it learns, the data, and their order.
 
-Comes in: the recipe and the model's processor. Goes out: `OpenedData`.
+Comes in: the stage's options. Goes out: an `OpenedStage`, checked, before anything is written.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
+from llavaforge.checkpoint.identity import describe_run
+from llavaforge.checkpoint.resume import batch_size_of_begun
 from llavaforge.config.schema import DataEntry, TrainConfig
 from llavaforge.data.faults import Fault
 from llavaforge.data.index.index import SampleIndex, open_index, refuse, refuse_missing
+from llavaforge.data.load.loader import PackDataset, loading
+from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.mixture import Mixture, RowNumbers, deal, drop_quarantined
+from llavaforge.data.order.plan import MicroBatch, Plan, check_world, num_steps
 from llavaforge.errors import UserError
-from llavaforge.model.load import LoadedModel
+from llavaforge.model.flops import FlopCounter
+from llavaforge.model.load import LoadedModel, load_model
+from llavaforge.model.trainable import Group, parameter_groups
+from llavaforge.processes.world import World
 from llavaforge.training.bad_samples import check_bound
 
 logger = logging.getLogger(__name__)
@@ -36,6 +47,73 @@ class OpenedData:
     mixture: Mixture
     held_out: HeldOut | None
     left_out: list[Fault]
+
+
+@dataclass(frozen=True)
+class OpenedStage:
+    """What a stage of training works with; none of it is replaced any more.
+
+    Attributes:
+        config: the stage's options.
+        loaded: the model to train.
+        groups: what of it learns; everything else is frozen.
+        flops: counts the work of packs.
+        data: what is trained on and evaluated.
+        plan: the order of the samples.
+        run: what is written into every `run.json`.
+    """
+
+    config: TrainConfig
+    loaded: LoadedModel
+    groups: Sequence[Group]
+    flops: FlopCounter
+    data: OpenedData
+    plan: Plan
+    run: dict[str, Any]
+
+    @contextmanager
+    def packs(self, index: SampleIndex, order: Iterable[MicroBatch], pin_memory: bool) -> Iterator[Iterator[Pack]]:
+        """Give an iterator over packs of an index, made by the stage's loader workers."""
+        masks_bad = self.config.on_bad_sample == "skip"
+        ids = self.loaded.image_token_id, self.loaded.num_image_tokens
+        dataset = PackDataset(index, self.loaded.preprocessing, *ids, masks_bad=masks_bad)
+        with loading(dataset, order, self.config.dataloader_num_workers, pin_memory) as packs:
+            yield packs
+
+
+def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedStage:
+    """Open the model and the data of a stage, and plan the order; all processes call this.
+
+    Raises:
+        UserError: one of them is at fault, or they do not fit together.
+    """
+    world.at("loading the model")
+    loaded = world.run_on_all(lambda: load_model(config.model_name_or_path, projector_from=config.projector_from))
+    groups = world.run_on_all(lambda: parameter_groups(loaded.model, config))
+    flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
+    world.at("opening the data")
+    data = world.run_on_first_of_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
+    if len(config.entries) > 1:
+        console.print(data.mixture.table(config.entries, data.index.num_supervised))
+    plan = world.run_on_all(lambda: _plan(config, data, flops, world))
+    run = describe_run(config, loaded, data.index, data.mixture, plan.global_batch_size)
+    return OpenedStage(config, loaded, groups, flops, data, plan, run)
+
+
+def _plan(config: TrainConfig, data: OpenedData, flops: FlopCounter, world: World) -> Plan:
+    index, num_samples = data.index, len(data.mixture)
+    global_batch_size = batch_size_of_begun(config) or config.samples_per_step(world.size)
+    check_world(global_batch_size, num_samples, world.size)
+    if global_batch_size > num_samples and world.is_writer:
+        logger.warning("a global batch of %d is more than all %d records: some repeat", global_batch_size, num_samples)
+    steps = num_steps(num_samples, global_batch_size, config.num_train_epochs, config.max_steps)
+    plan = Plan.of(config, data.mixture, index, flops.of_index(index), global_batch_size, steps, world.size)
+    if world.size > 1 and world.is_writer:
+        more = plan.mean_spread() - 1
+        logger.info(
+            "work per step over %d processes: the busiest has %.1f %% more than the mean", world.size, 100 * more
+        )
+    return plan
 
 
 def open_data(config: TrainConfig, loaded: LoadedModel, quiet: bool) -> OpenedData:

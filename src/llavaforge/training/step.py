@@ -1,0 +1,80 @@
+"""One optimizer step: forward and backward of every pack of a global batch, the update, and what is counted of it."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from llavaforge.data.load.pack import Pack
+from llavaforge.engine.base import Engine, StepResult
+from llavaforge.model.load import compute_dtype
+from llavaforge.model.trainable import learning_rate
+from llavaforge.training.metrics import peak_flops
+from llavaforge.training.opening import OpenedStage
+from llavaforge.training.schedule import rate_factor, warmup
+from llavaforge.training.state import TrainState
+
+
+class OptimizerStep:
+    """Takes steps, and keeps the counts of `state`.
+
+    Args:
+        opened: the stage.
+        engine: prepared.
+        state: where the run stands; advanced by each step.
+    """
+
+    def __init__(self, opened: OpenedStage, engine: Engine, state: TrainState) -> None:
+        self._opened, self._engine, self._world, self.state = opened, engine, engine.world, state
+        config = opened.config
+        self._warmup = warmup(opened.plan.num_steps, config.warmup_ratio, config.warmup_steps)
+        self.peak_flops = peak_flops(self._world.device, compute_dtype(config.bf16)) * self._world.size
+
+    def __call__(self, packs: Sequence[Pack], num_supervised: int, begin_s: float) -> tuple[StepResult, dict[str, Any]]:
+        """Do one step.
+
+        Args:
+            packs: this process's part of the global batch.
+            num_supervised: supervised tokens of the whole of it.
+            begin_s: `time.perf_counter()` when its images were asked for.
+
+        Returns:
+            What the engine did, and the step's line of metrics; loss and tokens are those of the whole global batch.
+        """
+        opened, state, world = self._opened, self.state, self._world
+        # Dropout differs per step and rank but not between a resumed and an uninterrupted run.
+        torch.manual_seed((opened.config.seed << 32) + state.step * world.size + world.rank)
+        loss_sum = 0.0
+        for number, pack in enumerate(packs, 1):
+            world.at_step(state.step + 1, f"forward and backward of micro-step {number} of {len(packs)}")
+            loss_sum += self._engine.micro_step(pack, 1.0 / num_supervised)
+        world.at_step(state.step + 1, "optimizer step")
+        factor = rate_factor(state.step, opened.plan.num_steps, self._warmup, opened.config.lr_scheduler_type)
+        result = self._engine.step(factor)
+        flops = sum(opened.flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
+        loss_sum, num_tokens, flops = world.all_reduce_sum([loss_sum, sum(pack.num_tokens for pack in packs), flops])
+        seconds = time.perf_counter() - begin_s
+        if not result.skipped:
+            state.loss_sum += loss_sum
+            state.num_supervised += num_supervised
+        state.step += 1
+        state.num_samples += opened.plan.global_batch_size
+        state.num_moving_steps += factor > 0
+        state.num_tokens += int(num_tokens)
+        state.model_flops += flops
+        state.train_time_s += seconds
+        return result, {
+            "step": state.step,
+            "epoch": round(state.num_samples / len(opened.plan.mixture), 4),
+            "loss": loss_sum / num_supervised,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate(opened.config) * factor,
+            "num_supervised": num_supervised,
+            "spread": packs[0].source.spread,
+            "num_tokens": int(num_tokens),
+            "step_time_s": seconds,
+            "samples_per_s": opened.plan.global_batch_size / seconds,
+            "tokens_per_s": num_tokens / seconds,
+            "mfu": flops / seconds / self.peak_flops,
+        }
