@@ -10,7 +10,8 @@ from typing import Any
 
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.index import prepare
-from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index
 from llavaforge.data.rows import kinds
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.plan import MicroBatch

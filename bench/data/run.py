@@ -32,7 +32,7 @@ from bench.data.run import images
 from bench.machine import describe, source_sha256
 from bench.report import print_machine
 from llavaforge.config.schema import DataEntry, SampleOptions
-from llavaforge.data.index.index import open_index
+from llavaforge.data.index.open import open_index
 from llavaforge.data.pixels.decode import decode
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.data.storage.image_ref import ImageRef

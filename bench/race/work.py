@@ -10,7 +10,7 @@ from bench.race.race import SPARE_STEPS, WARMUP_STEPS
 from bench.samples import NUM_SAMPLES
 from bench.scenarios import NUM_WORKERS, Scenario, Side, Task
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.index.index import open_index
+from llavaforge.data.index.open import open_index
 from llavaforge.data.order.mixture import Mixture
 from llavaforge.data.order.plan import Plan
 from llavaforge.model.flops import FlopCounter

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from llavaforge.config.schema import DataEntry, DataOptions, SampleOptions, TrainConfig
-from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index
 from llavaforge.data.order.mixture import Mixture, drop_quarantined, mix, split_held_out
 from llavaforge.data.order.plan import Plan
 from llavaforge.errors import StoppedEarly, UserError

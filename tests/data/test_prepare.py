@@ -24,7 +24,8 @@ from tokenizers import normalizers
 
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.index import prepare
-from llavaforge.data.index.index import SampleIndex, open_checked_index, open_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_checked_index, open_index
 from llavaforge.data.rows.records import Record, Turn
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel

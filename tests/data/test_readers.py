@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.faults import KINDS, Fault
-from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index
 from llavaforge.data.rows import json_list
 from llavaforge.data.rows.kinds import read_chunks
 from llavaforge.data.rows.readers import Malformed, parse_raw

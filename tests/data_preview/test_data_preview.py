@@ -18,7 +18,8 @@ from PIL import Image
 
 from llavaforge.cli import main
 from llavaforge.config.schema import DataPreviewConfig
-from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.data.order.plan import MicroBatch
 from llavaforge.data_preview.preview import data_preview

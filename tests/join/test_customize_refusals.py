@@ -11,7 +11,7 @@ from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.errors import UserError
 from llavaforge.join import parts, prove
 from llavaforge.join.parts import customize_model
-from llavaforge.join.sources import place
+from llavaforge.join.sources import match_tensors
 from llavaforge.model_folder.tensors import open_tensors, write_shards
 
 TinyLM = Callable[[str], Path]
@@ -72,13 +72,13 @@ def test_a_tensor_in_the_wrong_place_is_found_by_the_proof(
     swapped: str, message: str, tiny_clip: Path, tiny_lm: TinyLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def misplace(part, expected):
-        placed = place(part, expected)
+        placed = match_tensors(part, expected)
         a, b = swapped.format("q"), swapped.format("k" if "vision" in swapped else "o")
         if a in placed:
             placed[a], placed[b] = placed[b], placed[a]
         return placed
 
-    monkeypatch.setattr(parts, "place", misplace)
+    monkeypatch.setattr(parts, "match_tensors", misplace)
     assert_refused(tiny_clip, tiny_lm("qwen2"), tmp_path / "out", message)
 
 
@@ -140,9 +140,7 @@ def test_remote_code_is_refused(file: str, clip: Path, lm: Path, tmp_path: Path)
 
 
 def test_parts_that_are_no_parts_are_refused(clip: Path, lm: Path, tmp_path: Path):
-    assert_refused(
-        lm, lm, tmp_path / "out", "is a `qwen2`. A vision tower is one of clip_vision_model, siglip_vision_model"
-    )
+    assert_refused(lm, lm, tmp_path / "out", "is a `qwen2`. A vision tower is one of clip_vision_model, siglip_vision")
     assert_refused(clip, clip, tmp_path / "out", "is a `clip`, not a causal language model")
     assert_refused(tmp_path / "none/at/all", lm, tmp_path / "out", "no such folder")
     (lm / "config.json").unlink()

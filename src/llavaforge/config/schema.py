@@ -1,6 +1,8 @@
 """Every option of every verb, once: the command line, the recipes and the Python functions all read these classes.
 
 A docstring under a field is its help text. Unknown keys are errors (`config/load.py` suggests the nearest one).
+
+Past 300 lines because every option stands here, and only here.
 """
 
 from pathlib import Path

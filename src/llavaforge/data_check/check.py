@@ -21,7 +21,8 @@ from rich.text import Text
 
 from llavaforge.config.schema import DataCheckConfig
 from llavaforge.data.faults import KINDS
-from llavaforge.data.index.index import SampleIndex, open_index, refuse
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index, refuse
 from llavaforge.data.order.mixture import RowNumbers, mix, split_held_out
 from llavaforge.data.order.plan import Plan, num_steps
 from llavaforge.data_check.charts import histogram

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from llavaforge.config.schema import DataEntry, DataPreviewConfig
 from llavaforge.data.faults import Fault
-from llavaforge.data.index.index import SampleIndex, open_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.data.order.mixture import Mixture, deal, drop_quarantined
 from llavaforge.data.order.plan import MicroBatch, Plan

@@ -18,7 +18,8 @@ import torch
 
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import DataEntry, EvaluateConfig
-from llavaforge.data.index.index import SampleIndex, open_checked_index
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_checked_index
 from llavaforge.data.index.prepare import records_of
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.load.pack import Pack

@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from llavaforge.checkpoint.trained import Trained, merge, open_model, read_trained
 from llavaforge.config.schema import DataEntry, ExportConfig
 from llavaforge.data.faults import RecordError
-from llavaforge.data.index.index import cache_dir
+from llavaforge.data.index.open import cache_dir
 from llavaforge.data.index.prepare import records_of
 from llavaforge.data.pixels.decode import decode
 from llavaforge.data.rows.sources import find_source

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llavaforge.config.schema import SampleOptions
-from llavaforge.data.index.index import sample_builder
+from llavaforge.data.index.open import sample_builder
 from llavaforge.data.pixels.preprocessing import Pixels
 from llavaforge.data.rows.records import Turn
 from llavaforge.model.attention import stock_attention

@@ -23,7 +23,7 @@ def read_checked(folder: Path) -> tuple[LlavaConfig, LlavaProcessor]:
     Raises:
         UserError: one is missing or damaged, or they do not agree.
     """
-    config, processor = read_config(folder), read_processor(folder)
+    processor, config = read_processor(folder), read_config(folder)
     check_processor(folder, config, processor)
     return config, processor
 

@@ -16,7 +16,8 @@ from llavaforge.checkpoint.identity import describe_run
 from llavaforge.checkpoint.resume import batch_size_of_begun
 from llavaforge.config.schema import DataEntry, TrainConfig
 from llavaforge.data.faults import Fault
-from llavaforge.data.index.index import SampleIndex, open_index, refuse, refuse_missing
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.index.open import open_index, refuse, refuse_missing
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.mixture import Mixture, RowNumbers, deal, drop_quarantined

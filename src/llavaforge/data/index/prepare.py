@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from llavaforge.data.faults import Fault, RecordError
 from llavaforge.data.index.fingerprint import fingerprint_of
+from llavaforge.data.index.schema import SCHEMA
 from llavaforge.data.rows.kinds import Chunk, read_chunks
 from llavaforge.data.rows.readers import Malformed, parse_raw
 from llavaforge.data.rows.records import Record, id_of, parse_record
@@ -43,25 +44,6 @@ _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a proce
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
 _BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
 _LARGE_GROUP = 64_000_000  # bytes of images in a row group of Parquet
-_IMAGE = pa.struct(  # an `ImageRef`
-    {"name": pa.string(), "container": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "crc": pa.int64()}
-)
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("file", pa.int32()),
-        ("row", pa.int64()),
-        ("images", pa.list_(_IMAGE)),
-        ("ids", pa.list_(pa.int32())),
-        ("supervised_spans", pa.list_(pa.int32())),
-        ("length", pa.int32()),
-        ("num_supervised", pa.int32()),
-        ("num_turns_dropped", pa.int32()),
-        ("num_tokens_cut", pa.int32()),
-        ("num_literals", pa.int32()),
-        ("digest", pa.uint64()),
-    ]
-)
 
 
 def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, quiet: bool) -> tuple[Path, str]:
