@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llavaforge import __version__
 from llavaforge.checkpoint import resume
 from llavaforge.checkpoint.identity import checksum_of_rows, identity
 from llavaforge.checkpoint.state import load_run
@@ -32,16 +31,18 @@ from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.read import read_config
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
+from llavaforge.results import TrainResult
 from llavaforge.training import finish
 from llavaforge.training.bad_samples import BadSamples
 from llavaforge.training.opening import OpenedData, open_data
 from llavaforge.training.signals import StopRequest
 from llavaforge.training.trainer import Trainer
+from llavaforge.version import __version__
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig) -> TrainResult:
     """Run all stages in order; finished ones are skipped, an interrupted one goes on.
 
     Returns:
@@ -52,7 +53,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         UserError: the recipe, the model or the data is at fault; the steps done so far are saved.
         StoppedEarly: a signal asked for it; a checkpoint is saved.
     """
-    result: dict[str, Any] = {}
     stages = training_stages(config)
     size = num_processes()
     needs_group = any(stage.deepspeed for stage in stages)
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str, Any]:
+def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainResult:
     logging.getLogger("llavaforge").setLevel(logging.INFO if world.is_writer else logging.WARNING)
     console = Console(stderr=True, quiet=not world.is_writer)
     world.at("checking the recipe")

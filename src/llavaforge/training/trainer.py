@@ -30,6 +30,7 @@ from llavaforge.model.load import LoadedModel, compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group, learning_rate
 from llavaforge.progress import Bar
+from llavaforge.results import TrainResult
 from llavaforge.training.bad_samples import BadSamples
 from llavaforge.training.contract import STEPS_BEFORE_PROOF, Contract, show_groups, show_sample
 from llavaforge.training.metrics import MetricsFile, draw_curve, peak_flops
@@ -106,7 +107,7 @@ class Trainer:
         self._contract = Contract(model, self._groups, self._engine)
         self._prove_at = self._state.num_moving_steps + STEPS_BEFORE_PROOF
 
-    def train(self, stop: StopRequest) -> dict[str, Any]:
+    def train(self, stop: StopRequest) -> TrainResult:
         """Take all steps that are left.
 
         Args:
@@ -327,7 +328,7 @@ class Trainer:
         sample = Sample(row.ids.tolist(), row.supervised_spans.tolist(), row.length)
         show_sample(sample, self._loaded.processor.tokenizer.decode, self._console)
 
-    def _result(self, peak: float) -> dict[str, Any]:
+    def _result(self, peak: float) -> TrainResult:
         state, seconds = self._state, max(self._state.train_time_s, math.ulp(1.0))
         return {
             "output_dir": str(self._config.output_dir),
