@@ -12,13 +12,13 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavaforge import __version__
 from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
+from llavaforge.version import __version__
 
 if TYPE_CHECKING:
     from llavaforge.config.schema import Schema
@@ -133,27 +133,36 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     return load.build(options, values, path or f"llavaforge {name}")
 
 
-def call(name: str, fields: dict[str, Any]) -> Any:
-    """Do a verb from Python: `call("train", {"model_name_or_path": ...})`.
+def call(name: str, values: Mapping[str, Any]) -> Any:
+    """Do a verb from Python; the functions of `llavaforge` do no more than this.
+
+    Args:
+        name: of the verb.
+        values: of all its options. One that equals its default counts as not given, as on the command line.
 
     Raises:
-        UserError: an unknown or missing field, a value of the wrong kind, or what the verb itself refuses.
+        UserError: a value of the wrong kind, options that contradict each other, or what the verb itself refuses.
     """
     from llavaforge.config import load, schema
 
     options: type[Schema] = getattr(schema, VERBS[name].schema)
-    return _load(VERBS[name].function)(load.build(options, fields, name))
+    given = {}
+    for field, info in options.model_fields.items():
+        value, default = _as_in_a_recipe(values[field]), _as_in_a_recipe(info.get_default())
+        if (type(value), value) != (type(default), default):  # types first: True == 1, and an array has no one answer
+            given[field] = value
+    return _load(VERBS[name].function)(load.build(options, given, name))
 
 
-def function_of(name: str) -> Callable[..., Any]:
-    """Return a verb as a Python function that takes its options as keywords."""
-
-    def verb(**fields: Any) -> Any:
-        return call(name, fields)
-
-    verb.__name__ = verb.__qualname__ = name.split()[-1].replace("-", "_")
-    verb.__doc__ = f"{VERBS[name].summary}\n\nTakes the options of `llavaforge {name} --help` as keywords."
-    return verb
+def _as_in_a_recipe(value: Any) -> Any:
+    """Return a value as YAML would give it: paths as text, every sequence as a list."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _as_in_a_recipe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_in_a_recipe(item) for item in value]
+    return value
 
 
 def _choose(arguments: list[str]) -> tuple[str | None, list[str]]:

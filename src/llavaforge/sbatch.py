@@ -8,12 +8,12 @@ import logging
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 from llavaforge.config.load import build, read_recipe
 from llavaforge.config.recipe import override_all, stage_values
 from llavaforge.config.schema import SlurmConfig, TrainConfig
 from llavaforge.errors import UserError
+from llavaforge.results import SlurmResult
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ exit 75
 """
 
 
-def slurm(config: SlurmConfig) -> dict[str, Any]:
+def slurm(config: SlurmConfig) -> SlurmResult:
     """Write the sbatch script of a recipe.
 
     Returns:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from llavaforge import __version__
 from llavaforge.config.schema import TrainConfig, identifying
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.order.mixture import Mixture, RowNumbers
@@ -20,6 +19,7 @@ from llavaforge.errors import UserError
 from llavaforge.files import fingerprint
 from llavaforge.model.load import LoadedModel
 from llavaforge.model.trainable import lora_options
+from llavaforge.version import __version__
 
 
 def describe_run(

@@ -32,13 +32,14 @@ from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, load_without_weights
 from llavaforge.model.trainable import set_trainable
 from llavaforge.report.page import render
+from llavaforge.results import DataCheckResult
 
 Mask = npt.NDArray[np.bool_]
 
 _EXAMPLES_SHOWN, _EXAMPLES_IN_REPORT = 3, 20
 
 
-def data_check(config: DataCheckConfig) -> dict[str, Any]:
+def data_check(config: DataCheckConfig) -> DataCheckResult:
     """Examine data.
 
     Returns:

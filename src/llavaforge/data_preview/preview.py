@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -27,12 +26,13 @@ from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, load_without_weights
 from llavaforge.model.trainable import set_trainable
 from llavaforge.report.page import count, render
+from llavaforge.results import DataPreviewResult
 
 # Of a step of thousands of micro-batches; those with samples that are shown come on top.
 _MOST_BARS = 64
 
 
-def data_preview(config: DataPreviewConfig) -> dict[str, Any]:
+def data_preview(config: DataPreviewConfig) -> DataPreviewResult:
     """Show the first samples of a run of one process, in its own order, and how they are packed.
 
     Returns:

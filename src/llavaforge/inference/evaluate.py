@@ -31,13 +31,14 @@ from llavaforge.inference.generate import Answerer, Question
 from llavaforge.inference.metrics import METRICS
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
+from llavaforge.results import EvaluateResult
 
 logger = logging.getLogger(__name__)
 
 _SHORT_ANSWER_WORDS = 3
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Measure a model on a data set.
 
     Returns:
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         logger.info("exact_match is not measured: answers are long, or --exact_match false")
     answerer = Answerer(loaded, config, config.max_new_tokens) if generates else None
     lines = list(_lines(config, step_module, dataset, records, answerer))
-    summary = {
+    summary: EvaluateResult = {
         "num_samples": len(lines),
         "loss": sum(line["loss"] * line["num_supervised"] for line in lines)
         / sum(line["num_supervised"] for line in lines),
@@ -144,7 +145,7 @@ def _line(record: Record, loss: float, num_supervised: int, answer: str | None) 
     return line
 
 
-def _write(output_dir: Path, lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+def _write(output_dir: Path, lines: list[dict[str, Any]], summary: EvaluateResult) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

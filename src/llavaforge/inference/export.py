@@ -26,6 +26,7 @@ from llavaforge.errors import UserError
 from llavaforge.model_folder.read import read_processor
 from llavaforge.model_folder.verify import load_verified
 from llavaforge.model_folder.write import check_output_dir, update_model_folder
+from llavaforge.results import ExportResult
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _QUESTIONS = ("What?", "What is in this image, where is it, and what is around i
 _BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 
-def export(config: ExportConfig) -> dict[str, Any]:
+def export(config: ExportConfig) -> ExportResult:
     """Write and verify the exported model.
 
     Returns:

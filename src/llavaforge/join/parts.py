@@ -29,6 +29,7 @@ from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.model_folder.towers import TOWERS
 from llavaforge.model_folder.verify import num_placeholders
 from llavaforge.model_folder.write import check_output_dir, write_model_folder
+from llavaforge.results import CustomizeModelResult
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 _ROWS_MULTIPLE = 64
 
 
-def customize_model(config: CustomizeModelConfig) -> dict[str, Any]:
+def customize_model(config: CustomizeModelConfig) -> CustomizeModelResult:
     """Join a vision tower and a language model into one LLaVA folder.
 
     Returns:

@@ -35,6 +35,7 @@ from llavaforge.errors import UserError
 from llavaforge.inference.evaluate import evaluate
 from llavaforge.inference.export import export
 from llavaforge.join.parts import customize_model
+from llavaforge.results import CustomizeModelResult, EvaluateResult, QuickstartResult
 from llavaforge.starter.shapes import make_shapes
 from llavaforge.training.run import train
 
@@ -49,7 +50,7 @@ _NEXT = (
 )
 
 
-def quickstart(config: QuickstartConfig) -> dict[str, Any]:
+def quickstart(config: QuickstartConfig) -> QuickstartResult:
     """Join, train twice, evaluate with and without looking, export, and let plain transformers answer.
 
     Returns:
@@ -80,7 +81,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     lines = [json.loads(line) for line in (out / "evaluation" / "samples.jsonl").read_text().splitlines()]
     answer = tell("one answer by plain transformers", lambda: plain_answer(exported, data / "heldout", lines[0]))
     draw_answers(lines, data / "heldout" / "images", out / GRID)
-    result = {
+    result: QuickstartResult = {
         "exact_match": seeing["exact_match"],
         "exact_match_blank_image": blind["exact_match"],
         "majority_share": majority_share(lines),
@@ -171,7 +172,7 @@ def _shapes(config: QuickstartConfig, data: Path) -> MakeShapesConfig:
     return MakeShapesConfig(output_dir=data, num_samples=NUM_IMAGES, seed=config.seed)
 
 
-def _customize(config: QuickstartConfig, model: Path) -> dict[str, Any]:
+def _customize(config: QuickstartConfig, model: Path) -> CustomizeModelResult:
     tower, language_model = _assets() / "small-clip", _assets() / "small-qwen2"
     options = CustomizeModelConfig(
         vision_tower=str(tower),
@@ -199,7 +200,7 @@ def _recipe(config: QuickstartConfig) -> TrainConfig:
     return build(TrainConfig, {**values, **shared}, "quickstart.yaml")
 
 
-def _evaluate(model: Path, questions: Path, output_dir: Path, blank_image: bool = False) -> dict[str, Any]:
+def _evaluate(model: Path, questions: Path, output_dir: Path, blank_image: bool = False) -> EvaluateResult:
     return evaluate(
         EvaluateConfig(
             model_name_or_path=str(model),
@@ -215,7 +216,7 @@ def _evaluate(model: Path, questions: Path, output_dir: Path, blank_image: bool 
     )
 
 
-def _print_summary(result: dict[str, Any], line: dict[str, Any], answer: str) -> None:
+def _print_summary(result: QuickstartResult, line: dict[str, Any], answer: str) -> None:
     table = Table(title="What came of it", title_justify="left", show_header=False)
     for name, value in (
         ("exact match on held-out images", f"{result['exact_match']:.1%}"),

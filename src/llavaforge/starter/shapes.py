@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw
 
 from llavaforge.config.schema import MakeShapesConfig
 from llavaforge.errors import UserError
+from llavaforge.results import MakeShapesResult, ShapesSplit
 
 Split = Literal["train", "heldout"]
 Rgb = tuple[int, int, int]
@@ -238,12 +239,12 @@ def questions(scene: Scene, rng: random.Random, num_questions: int = QUESTIONS_P
     return asked[:num_questions]
 
 
-def make_shapes(config: MakeShapesConfig) -> dict[str, Any]:
+def make_shapes(config: MakeShapesConfig) -> MakeShapesResult:
     """Do `llavaforge data make-shapes`; see `write_shapes`."""
     return write_shapes(config.output_dir, config.num_samples, config.seed)
 
 
-def write_shapes(output_dir: Path, num_samples: int, seed: int = 0) -> dict[str, Any]:
+def write_shapes(output_dir: Path, num_samples: int, seed: int = 0) -> MakeShapesResult:
     """Write a generated data set; the same arguments give the same bytes.
 
     Args:
@@ -271,18 +272,16 @@ def write_shapes(output_dir: Path, num_samples: int, seed: int = 0) -> dict[str,
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished_dir = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
     try:
-        summary: dict[str, Any] = {"output_dir": str(output_dir), "seed": seed}
-        for split, num_images in sizes.items():
-            summary[split] = _write_split(unfinished_dir / split, split, num_images, seed)
+        written = {split: _write_split(unfinished_dir / split, split, count, seed) for split, count in sizes.items()}
         unfinished_dir.chmod(0o755)
         os.replace(unfinished_dir, output_dir)
     except BaseException:
         shutil.rmtree(unfinished_dir, ignore_errors=True)
         raise
-    return summary
+    return {"output_dir": str(output_dir), "seed": seed, "train": written["train"], "heldout": written["heldout"]}
 
 
-def _write_split(split_dir: Path, split: Split, num_images: int, seed: int) -> dict[str, Any]:
+def _write_split(split_dir: Path, split: Split, num_images: int, seed: int) -> ShapesSplit:
     (split_dir / "images").mkdir(parents=True)
     captions, answers = [], []
     for index in range(num_images):

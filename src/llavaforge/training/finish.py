@@ -8,7 +8,6 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 from llavaforge.checkpoint.state import RUN, without_private_paths
 from llavaforge.checkpoint.trained import merge, read_trained
@@ -22,12 +21,13 @@ from llavaforge.model.trainable import lora_options
 from llavaforge.model_folder.processor_files import write_processor
 from llavaforge.model_folder.tensors import write_shards
 from llavaforge.model_folder.write import update_model_folder
+from llavaforge.results import TrainResult
 from llavaforge.training.opening import OpenedStage
 
 logger = logging.getLogger(__name__)
 
 
-def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: dict[str, Any]) -> None:
+def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: TrainResult) -> None:
     """Publish the finished model. All processes call this; the writer writes.
 
     Args:

@@ -19,6 +19,7 @@ from llavaforge.engine.zero_config import settings_of_run
 from llavaforge.files import differences
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
+from llavaforge.results import TrainResult
 from llavaforge.training.contract import show_contract
 from llavaforge.training.finish import check_pointer, leave_result, write_final
 from llavaforge.training.opening import open_stage
@@ -28,7 +29,7 @@ from llavaforge.training.trainer import Trainer, prepare_or_resume
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig) -> TrainResult:
     """Run all stages in order; finished ones are skipped, an interrupted one goes on.
 
     Returns:
@@ -39,7 +40,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         UserError: the recipe, the model or the data is at fault; the steps done so far are saved.
         StoppedEarly: a signal asked for it; a checkpoint is saved.
     """
-    result: dict[str, Any] = {}
     stages, size = training_stages(config), num_processes()
     needs_group = any(stage.deepspeed for stage in stages)
     with StopRequest() as stop, open_world(size, config.stuck_timeout_s, needs_group) as world:
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str, Any]:
+def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainResult:
     logging.getLogger("llavaforge").setLevel(logging.INFO if world.is_writer else logging.WARNING)
     console = Console(stderr=True, quiet=not world.is_writer)
     world.at("checking the recipe")
@@ -67,7 +67,8 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> dict[str
         final = config.output_dir / FINAL
         if world.broadcast_object(final.is_dir() and not differences(final) if world.is_writer else False):
             logger.info("%s is finished already: skipped", config.output_dir)
-            return load_run(final)["result"] | {"output_dir": str(config.output_dir)}
+            finished: TrainResult = load_run(final)["result"]
+            return {**finished, "output_dir": str(config.output_dir)}
         engine = open_engine(world, settings)
         state = prepare_or_resume(opened, engine)
         show_contract(opened, console)

@@ -18,6 +18,7 @@ from llavaforge.errors import UserError
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.progress import Bar
+from llavaforge.results import TrainResult
 from llavaforge.training.contract import Contract
 from llavaforge.training.evaluation import held_out_loss
 from llavaforge.training.guards import Guards
@@ -70,7 +71,7 @@ class Trainer:
         self._contract = Contract(opened.loaded.model, opened.groups, engine, state.num_moving_steps)
         self._step = OptimizerStep(opened, engine, state)
 
-    def train(self, stop: StopRequest) -> dict[str, Any]:
+    def train(self, stop: StopRequest) -> TrainResult:
         """Take all steps that are left.
 
         Args:
@@ -130,7 +131,7 @@ class Trainer:
     def _is_last(self) -> bool:
         return self._state.step == self._opened.plan.num_steps
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self) -> TrainResult:
         state, seconds = self._state, max(self._state.train_time_s, math.ulp(1.0))
         return {
             "output_dir": str(self._opened.config.output_dir),

@@ -1,0 +1,153 @@
+"""What each verb returns: from a Python function as a dict, from the command line as the same keys in one JSON line."""
+
+from typing import TypedDict
+
+
+class QuickstartResult(TypedDict):
+    """Result of `quickstart`."""
+
+    exact_match: float
+    """Share of the held-out questions that the trained model answers as the reference does."""
+    exact_match_blank_image: float
+    """The same with grey images: what it guesses without looking."""
+    majority_share: float
+    """The same of one who always gives the commonest answer."""
+    wall_s: float
+    """Seconds from begin to end."""
+    model: str
+    """Folder of the joined model, before training."""
+    run: str
+    """Folder of the training run."""
+    exported: str
+    """Folder of the trained model for plain transformers."""
+    picture: str
+    """An image file with questions and answers."""
+
+
+class CustomizeModelResult(TypedDict):
+    """Result of `customize_model`."""
+
+    output_dir: str
+    """Folder of the joined model."""
+    image_token_id: int
+    """Id of `<image>` in its tokenizer."""
+    parameters: dict[str, int]
+    """Number of parameters of `vision_tower`, `projector`, `language_model` and in `total`."""
+
+
+class DataCheckResult(TypedDict):
+    """Result of `check`."""
+
+    num_records: int
+    """Records looked at."""
+    num_images: int
+    """Images that they name."""
+    num_errors: int
+    """Faults that training would stop at."""
+    num_warnings: int
+    """Faults that it would not stop at."""
+    errors_by_kind: dict[str, int]
+    """Number of errors of each kind that was found."""
+    warnings_by_kind: dict[str, int]
+    """Number of warnings of each kind that was found."""
+    steps_per_epoch: int | None
+    """Optimizer steps of an epoch; None without a model, or where a data set has no sound record."""
+    report: str | None
+    """The HTML page, where one was asked for."""
+    quarantine: str | None
+    """The list of bad records, where one was asked for."""
+
+
+class DataPreviewResult(TypedDict):
+    """Result of `preview`."""
+
+    output: str | None
+    """The HTML page, where one was asked for."""
+    num_samples: int
+    """Samples shown."""
+
+
+class ShapesSplit(TypedDict):
+    """One split of a data set of coloured shapes."""
+
+    num_images: int
+    """Images, each with a caption."""
+    num_questions: int
+    """Questions about them."""
+    majority_answer: str
+    """The commonest answer."""
+    majority_share: float
+    """Share of the questions that it is right for."""
+
+
+class MakeShapesResult(TypedDict):
+    """Result of `make_shapes`."""
+
+    output_dir: str
+    """Folder of the data set."""
+    seed: int
+    """Seed of its scenes."""
+    train: ShapesSplit
+    """What is in `train/`."""
+    heldout: ShapesSplit
+    """What is in `heldout/`."""
+
+
+class TrainResult(TypedDict):
+    """Result of `train`; with `stages`, that of the last one. Counts are of the whole run, resumes included."""
+
+    output_dir: str
+    """Folder of the run."""
+    global_step: int
+    """Optimizer steps done."""
+    train_loss: float
+    """Mean loss per supervised token over the run."""
+    eval_loss: float | None
+    """Newest held-out loss per supervised token; None without held-out data."""
+    samples_per_s: float
+    """Samples per second, over all processes."""
+    tokens_per_s: float
+    """Tokens per second, image tokens included, over all processes."""
+    mfu: float
+    """Model FLOPs utilisation: the share of the hardware's peak FLOP/s that the model's own arithmetic makes up."""
+    peak_memory_bytes: int
+    """Most memory that this process held (the device's, or on a CPU the process's)."""
+    num_bad_samples: int
+    """Records and images left out (`on_bad_sample="skip"`)."""
+
+
+class EvaluateResult(TypedDict):
+    """Result of `evaluate`."""
+
+    num_samples: int
+    """Samples measured."""
+    loss: float
+    """Mean loss per supervised token."""
+    exact_match: float | None
+    """Share of the answers that are the reference's; None where answers were not generated."""
+    model_name_or_path: str
+    """The model measured."""
+    data_path: str
+    """The data it was measured on."""
+    blank_image: bool
+    """Whether the images were replaced by grey ones."""
+
+
+class ExportResult(TypedDict):
+    """Result of `export`."""
+
+    output_dir: str
+    """Folder of the exported model."""
+    max_logit_difference: float
+    """Largest difference between its logits under plain transformers and those of the trained model."""
+
+
+class SlurmResult(TypedDict):
+    """Result of `slurm`."""
+
+    output: str
+    """The script."""
+    submit: str
+    """The command that submits it."""
+    processes: int
+    """Processes that train together."""
