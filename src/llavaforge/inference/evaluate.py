@@ -65,14 +65,16 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         logger.info("exact_match is not measured: answers are long, or --exact_match false")
     answerer = Answerer(loaded, config, config.max_new_tokens) if generates else None
     lines = list(_lines(config, step_module, dataset, records, answerer))
+    means = {name: sum(line[name] for line in lines) / len(lines) if generates else None for name in METRICS}
     summary: EvaluateResult = {
         "num_samples": len(lines),
         "loss": sum(line["loss"] * line["num_supervised"] for line in lines)
         / sum(line["num_supervised"] for line in lines),
-        **{name: sum(line[name] for line in lines) / len(lines) if generates else None for name in METRICS},
+        "exact_match": means.pop("exact_match"),
         "model_name_or_path": config.model_name_or_path,
         "data_path": str(config.data_path),
         "blank_image": config.blank_image,
+        **means,  # type: ignore[typeddict-item]  # metrics that were added to the table
     }
     if config.output_dir is not None:
         _write(config.output_dir, lines, summary)
