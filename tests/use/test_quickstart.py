@@ -15,6 +15,7 @@ from llavaforge.use.quickstart import quickstart
 
 SEED = 1
 
+
 @pytest.mark.slow
 def test_it_looks_and_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "quickstart"
