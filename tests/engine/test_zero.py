@@ -291,7 +291,6 @@ def test_loading_never_holds_a_whole_copy_of_the_weights_in_host_memory(
     answers = two_ranks.run(train_config(model, shapes / "train", tmp_path / "run", **values))
     loading = [answer["loading_bytes"] / whole for answer in answers]
     # On a CPU a rank keeps its half in host memory, beside the layer that is being dealt; on a GPU it would not.
-    print("LOADING", loading, whole)
     assert max(loading) < 0.85, loading
 
 
