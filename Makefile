@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/llavaforge quickstart
 
 test: .venv/installed
-	$(BIN)/pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest  # DeepSpeed compiles with .venv's ninja
 
 check: .venv/installed
 	$(BIN)/ruff check

@@ -13,12 +13,17 @@ from llavaforge.join.parts import customize_model
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.starter.shapes import write_shapes
 
-# These take minutes each: first, so that the two workers end together.
-_LONG = ("slurm/test_training.py", "test_quickstart.py", "slurm/test_run_sh.py", "test_zero.py", "test_lost_rank.py")
+# These take half a minute and more each, the longest first, so that the two workers end together.
+_LONG = (
+    "test_zero.py", "test_training.py", "test_quickstart.py", "test_lost_rank.py", "test_scaling.py", "test_run_sh.py",
+    "test_resume.py", "test_bench.py", "test_heartbeat.py", "test_engines.py", "test_data.py", "test_memory.py",
+    "test_seed_model.py", "test_readers.py", "test_data_check.py", "test_mixture.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((n for n, end in enumerate(_LONG) if str(item.path).endswith(end)), len(_LONG)))
+    order = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way

@@ -120,7 +120,7 @@ def _worker_memory(index: SampleIndex, builder: SampleBuilder) -> dict[str, floa
     numbers = np.random.default_rng(1).permutation(len(index))[: 200 * _BATCH].reshape(-1, _BATCH).tolist()
     order = [MicroBatch(0, tuple(batch), True, 0) for batch in numbers]
     with loading(dataset, order, num_workers=3, pin_memory=False) as packs:
-        for _ in range(150):
+        for _ in range(len(order) * 3 // 4):
             next(packs)
         children = psutil.Process().children(recursive=True)
         workers = [child for child in children if child.name() == "pt_data_worker"]

@@ -21,6 +21,13 @@ NUM_STEPS = 2
 LORA = next(scenario for scenario in SCENARIOS if scenario.train_type == "use_lora")
 
 
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with the samples, and their texts. Read only."""
+    folder = tmp_path_factory.mktemp("samples") / "data"
+    return folder, make_samples(folder)
+
+
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])  # the contenders are started as modules of this repository
     output = tmp_path / "results" / "run.json"
@@ -46,9 +53,12 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform.node() not in output.read_text()
 
 
-def test_other_samples_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_samples_are_refused(
+    samples: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    model = make_model(tmp_path / "model", SIZES["tiny"], make_samples(tmp_path / "data"))
+    (tmp_path / "data").symlink_to(samples[0])
+    model = make_model(tmp_path / "model", SIZES["tiny"], samples[1])
     scenario = Scenario("captions", "projector", 1e-3, 1.5, ("ours", "seed"))
     tasks = make_tasks(scenario, model, tmp_path, batch_size=2, num_measured=1, bf16=False)
     tasks["seed"] = replace(tasks["seed"], order=tasks["seed"].order[::-1])
@@ -81,18 +91,18 @@ def test_counts_that_differ_are_refused(
         check_counts({"ours": ours, "seed": seed}, {**same, "seed": num_learning}, [5, 6], [32, 40], batch_size=2)
 
 
-def test_lengths_of_the_samples(tmp_path: Path) -> None:
-    texts = make_samples(tmp_path)
+def test_lengths_of_the_samples(samples: tuple[Path, list[str]]) -> None:
+    folder, texts = samples
     tokenizer = make_tokenizer(SIZES["replica"].vocab_size - 1, texts)
 
     def num_tokens(text: str) -> int:
         return len(tokenizer(text).input_ids)
 
-    captions = json.loads((tmp_path / "captions.json").read_text())
+    captions = json.loads((folder / "captions.json").read_text())
     answers = [num_tokens(row["conversations"][1]["value"]) + 1 for row in captions]
     assert 12 <= min(answers) <= max(answers) <= 20
     lengths = []
-    for row in json.loads((tmp_path / "instructions.json").read_text()):
+    for row in json.loads((folder / "instructions.json").read_text()):
         roles = ("user", "assistant") * (len(row["conversations"]) // 2)
         messages = [
             {"role": role, "content": turn["value"].replace("<image>", "")}
@@ -103,15 +113,15 @@ def test_lengths_of_the_samples(tmp_path: Path) -> None:
     assert 40 <= min(lengths) < 80 and 240 < max(lengths) <= 330
 
 
-def test_samples_are_a_function_of_the_seed(tmp_path: Path) -> None:
-    assert make_samples(tmp_path / "a") == make_samples(tmp_path / "b")
-    one, other = ((tmp_path / name / "images" / "bench_00007.jpg").read_bytes() for name in ("a", "b"))
+def test_samples_are_a_function_of_the_seed(samples: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, texts = samples
+    assert make_samples(tmp_path) == texts
+    one, other = ((path / "images" / "bench_00007.jpg").read_bytes() for path in (folder, tmp_path))
     assert one == other
 
 
-def test_photographs_from_a_folder(tmp_path: Path) -> None:
-    make_samples(tmp_path / "generated")
-    make_samples(tmp_path / "data", photos=tmp_path / "generated")
+def test_photographs_from_a_folder(samples: tuple[Path, list[str]], tmp_path: Path) -> None:
+    make_samples(tmp_path / "data", photos=samples[0])
     rows = json.loads((tmp_path / "data" / "captions.json").read_text())
     assert all((tmp_path / "data" / "images" / row["image"]).is_file() for row in rows)
 

@@ -392,7 +392,7 @@ def started(target: Callable[..., None], *arguments: Any) -> BaseProcess:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -99,7 +99,7 @@ def damaged(draw: st.DrawFn) -> str:
     return text
 
 
-@settings(parent=quick, max_examples=400)
+@quick
 @given(document=damaged(), piece=st.sampled_from(PIECES))
 def test_a_damaged_list_is_refused_with_its_place_or_read_as_json_reads_it(
     document: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -429,7 +429,7 @@ def test_a_name_that_is_not_utf8_can_be_shown(open_: Callable[..., SampleIndex],
 # Archives.
 
 
-@settings(parent=quick, max_examples=300)
+@quick
 @given(data=st.data(), suffix=st.sampled_from([".zip", ".tar"]))
 def test_a_damaged_archive_is_refused_or_read(data: st.DataObject, suffix: str, tmp_path: Path) -> None:
     contents = bytearray(ARCHIVES[suffix])

@@ -327,7 +327,7 @@ class Browser:
             "--disable-background-networking", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=1000",
             f"--user-data-dir={self.folder / 'profile'}", *options, page.as_uri(),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, timeout=60, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, timeout=300, text=True, check=True)
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     def measure(self, page: Path, width: int) -> dict[str, Any]:

@@ -45,8 +45,8 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 MpiDefault=none
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-SlurmdTimeout=5
-MessageTimeout=5
+SlurmdTimeout=10
+MessageTimeout=10
 KillWait={kill_wait_s}
 ReturnToService=2
 JobRequeue=1
@@ -80,11 +80,11 @@ class Cluster:
         munge = self._folder / "munge"
         options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._daemon("munged", "--foreground", "--force", *(f"--{key}={munge / name}" for key, name in options.items()))
-        wait(lambda: (munge / "socket").exists(), 20, lambda: self._said("munged"))
+        wait(lambda: (munge / "socket").exists(), 120, lambda: self._said("munged"))
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        wait(lambda: self.node_states() == ["idle", "idle"], 60, lambda: self._said("slurmctld") + self._said("n1"))
+        wait(lambda: self.node_states() == ["idle", "idle"], 300, lambda: self._said("slurmctld") + self._said("n1"))
 
     def stop(self) -> None:
         """End all jobs and daemons, and whatever of them is left."""
@@ -103,7 +103,7 @@ class Cluster:
     def run(self, *command: str, **environment: str) -> str:
         """Run a SLURM command and return what it prints."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60
+            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300
         )
         if done.returncode:
             raise subprocess.SubprocessError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
@@ -119,13 +119,13 @@ class Cluster:
         assert found is not None, name
         return found[1]
 
-    def wait_for(self, job: str, *states: str, timeout_s: float = 300) -> str:
+    def wait_for(self, job: str, *states: str, timeout_s: float = 900) -> str:
         """Wait until a job is in one of the states; return that."""
 
         wait(lambda: self.field(job, "JobState") in states, timeout_s, lambda: self._story(job))
         return self.field(job, "JobState")
 
-    def wait_requeued(self, job: str, timeout_s: float = 300) -> None:
+    def wait_requeued(self, job: str, timeout_s: float = 900) -> None:
         """Wait until a job is back in the queue, and assert that SLURM holds it there for a while."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 

@@ -59,7 +59,7 @@ def told(folder: Path, rank: int) -> list[dict[str, Any]]:
 
 
 def wait_started(folder: Path, num_ranks: int = 2) -> None:
-    wait(lambda: all(told(folder, rank) for rank in range(num_ranks)), 60, lambda: str(os.listdir(folder)))
+    wait(lambda: all(told(folder, rank) for rank in range(num_ranks)), 300, lambda: str(os.listdir(folder)))
 
 
 def finish(cluster: Cluster, job: str, folder: Path) -> None:
@@ -116,7 +116,7 @@ def test_only_a_saved_run_is_queued_again(
 ) -> None:
     arguments = ["r.yaml", "--ends", *ends]
     job = cluster.submit(tmp_path, *TWO_NODES, RUN_SH, *arguments, LLAVAFORGE=program, MAX_REQUEUES="0")
-    cluster.wait_for(job, "FAILED", timeout_s=60)
+    cluster.wait_for(job, "FAILED")
     assert (cluster.field(job, "ExitCode"), cluster.field(job, "Restarts")) == (f"{code}:0", "0")
     # Not even that one goes round for ever, if it never lasts.
     assert ("not queued again: that was done MAX_REQUEUES times" in cluster.log(job)) == (code == 75)

@@ -48,7 +48,7 @@ def run(text: str, folder: Path, *arguments: str, srun: str = "exit 0", **enviro
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     asked = (folder / "asked").read_text() if (folder / "asked").exists() else ""
     assert asked in ("", "requeue 7\n")

@@ -68,7 +68,7 @@ def wait_steps(cluster: Cluster, job: str, folder: Path, num_steps: int) -> None
         assert cluster.field(job, "JobState") in ("PENDING", "RUNNING"), cluster.log(job)
         return len(read_metrics(folder / "run")) >= num_steps
 
-    wait(condition, 300, lambda: cluster.log(job))
+    wait(condition, 900, lambda: cluster.log(job))
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -78,11 +78,16 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(checkpoint.name.removeprefix("checkpoint-")) for checkpoint in checkpoints)
 
 
+def went_on_from(cluster: Cluster, job: str) -> list[int]:
+    """The steps from which a job went on, start by start."""
+    return [int(step) for step in re.findall(r"going on from \S*checkpoint-(\d+)", cluster.log(job))]
+
+
 def assert_went_on_to_the_same(
     cluster: Cluster, job: str, folder: Path, starts: Sequence[int], weights: dict[str, torch.Tensor]
 ) -> None:
     """The job began anew at the given steps, and its result is the undisturbed one, to the bit."""
-    assert [int(step) for step in re.findall(r"going on from \S*checkpoint-(\d+)", cluster.log(job))] == list(starts)
+    assert went_on_from(cluster, job) == list(starts)
     assert [line["step"] for line in read_metrics(folder / "run")] == list(range(1, STEPS + 1))
     final = folder / "run" / "final"
     assert differences(final) == []
@@ -95,42 +100,36 @@ def test_a_job_of_two_nodes_trains_quickstarts_parts(undisturbed: dict[str, torc
     assert undisturbed
 
 
-def test_usr1_saves_and_the_job_goes_on(
-    cluster: Cluster, recipe: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    job = submit(cluster, recipe, tmp_path)
-    wait_steps(cluster, job, tmp_path, 20)
-    cluster.run("scancel", "--signal=USR1", job)  # to the tasks, as SLURM does before the time limit
-    cluster.wait_requeued(job)
-    saved = saved_steps(tmp_path)
-    assert len(saved) == 1 and 20 <= saved[0] < STEPS
-    cluster.release(job)
-    cluster.wait_for(job, "COMPLETED")
-    assert_went_on_to_the_same(cluster, job, tmp_path, saved, undisturbed)
-
-
-def test_scancel_saves_and_ends_the_job_and_the_next_one_survives_a_dead_node(
+def test_usr1_saves_and_the_job_goes_on_scancel_ends_it_and_the_next_one_survives_a_dead_node(
     cluster: Cluster, recipe: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     cancelled = submit(cluster, recipe, tmp_path)
     wait_steps(cluster, cancelled, tmp_path, 10)
-    cluster.run("scancel", cancelled)
-    cluster.wait_for(cancelled, "CANCELLED")
-    assert cluster.field(cancelled, "Restarts") == "0"
+    cluster.run("scancel", "--signal=USR1", cancelled)  # to the tasks, as SLURM does before the time limit
+    cluster.wait_requeued(cancelled)
     saved = saved_steps(tmp_path)
     assert len(saved) == 1 and 10 <= saved[0] < STEPS // 2
 
+    cluster.release(cancelled)
+    wait_steps(cluster, cancelled, tmp_path, saved[0] + 10)
+    assert went_on_from(cluster, cancelled) == saved
+    cluster.run("scancel", cancelled)
+    cluster.wait_for(cancelled, "CANCELLED")
+    assert cluster.field(cancelled, "Restarts") == "1"  # USR1's, and no other
+    saved = saved_steps(tmp_path)
+    assert len(saved) == 2 and saved[0] + 10 <= saved[1] < STEPS * 2 // 3
+
     job = submit(cluster, recipe, tmp_path, "--save_steps=10")
-    wait_steps(cluster, job, tmp_path, saved[0] + 25)
+    wait_steps(cluster, job, tmp_path, saved[1] + 25)
     cluster.kill_node("n2")
     try:
-        wait(lambda: cluster.node_states()[1] == "down*", 60, lambda: str(cluster.node_states()))
+        wait(lambda: cluster.node_states()[1] == "down*", 300, lambda: str(cluster.node_states()))
         cluster.wait_requeued(job)
     finally:
         cluster.start_node("n2")
     newest = saved_steps(tmp_path)[-1]
-    assert newest >= saved[0] + 10
-    wait(lambda: cluster.node_states() == ["idle", "idle"], 60, lambda: str(cluster.node_states()))
+    assert newest >= saved[1] + 10
+    wait(lambda: cluster.node_states() == ["idle", "idle"], 300, lambda: str(cluster.node_states()))
     cluster.release(job)
     cluster.wait_for(job, "COMPLETED")
-    assert_went_on_to_the_same(cluster, job, tmp_path, [saved[0], newest], undisturbed)
+    assert_went_on_to_the_same(cluster, job, tmp_path, [saved[1], newest], undisturbed)

@@ -13,12 +13,13 @@ from llavaforge.errors import UserError
 from llavaforge.starter.quickstart import quickstart
 from llavaforge.training.metrics import read_metrics
 
+SEED = 1
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_it_looks_and_learns(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_looks_and_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "quickstart"
-    result = quickstart(QuickstartConfig(output_dir=out, seed=seed))
+    result = quickstart(QuickstartConfig(output_dir=out, seed=SEED))
     assert result["exact_match"] >= 0.9
     assert result["exact_match_blank_image"] <= result["majority_share"] + 0.05
     assert "llavaforge customize-model --vision_tower openai/clip-vit-large-patch14-336" in capsys.readouterr().out
@@ -27,7 +28,7 @@ def test_it_looks_and_learns(seed: int, tmp_path: Path, capsys: pytest.CaptureFi
     assert lines[-1]["eval_loss"] < lines[0]["loss"]
     exported = json.loads((out / "exported" / "config.json").read_text())
     assert exported["architectures"] == ["LlavaForConditionalGeneration"]
-    again = quickstart(QuickstartConfig(output_dir=out, seed=seed))
+    again = quickstart(QuickstartConfig(output_dir=out, seed=SEED))
     assert again["exact_match"] == result["exact_match"]
     assert again["wall_s"] < result["wall_s"]
 
