@@ -3,7 +3,7 @@
     python -m bench.data [--records 595375 3000000] [--photos FOLDER] [--output FILE]
 
 Records are generated with the lengths of LLaVA-CC3M-Pretrain-595K (a caption has 10 words); each has an image file of
-its own name (a hard link to one of a few real ones). Tokenizer: Qwen1.5's. The bars are those of the issue.
+its own name (a hard link to one of a few real ones). Tokenizer: Qwen1.5's. A bar is the figure that it must reach.
 """
 
 import argparse
