@@ -1,7 +1,8 @@
-"""What README, recipes and run.sh tell a user to type is understood as typed."""
+"""What README, docs and recipes tell a user to type is understood as typed, and what they name is there."""
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,17 @@ def commands(text: str) -> list[list[str]]:
     ]
 
 
-SOURCES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [*PAGES, *RECIPES]
 COMMANDS = [(path.name, words) for path in SOURCES for words in commands(path.read_text())]
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len([1 for name, _ in COMMANDS if name == "README.md"]) >= 10
+    counts = Counter(name for name, _ in COMMANDS)
+    least = {"README.md": 5, "training.md": 14, "using.md": 6, "data.md": 2, "scaling.md": 8}
+    assert all(counts[name] >= number for name, number in least.items()), counts
+    typed = {" ".join(words[:2]) if words[0] == "data" else words[0] for _, words in COMMANDS}
+    assert VERBS.keys() - typed == {"quickstart"}  # `make demo` runs it
 
 
 @pytest.mark.parametrize(
@@ -59,9 +65,27 @@ def test_recipes_have_llavas_published_hyper_parameters() -> None:
     assert (stage2["lora_r"], stage2["lora_alpha"], stage2["projector_learning_rate"]) == (128, 256, 2e-5)
 
 
-def test_the_readmes_tree_names_what_is_there() -> None:
-    tree = re.search(r"```\n(src/llavaforge/.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def test_the_tree_names_what_is_there_and_nothing_else() -> None:
+    tree = re.search(r"```\n(src/llavaforge/.*?)```", (ROOT / "docs/layout.md").read_text(), flags=re.S)
     assert tree is not None
-    named = set(re.findall(r"\b(\w+/)(?=\s{2,})", tree[1]))
-    there = {f"{path.name}/" for path in (ROOT / "src/llavaforge").iterdir() if (path / "__init__.py").is_file()}
-    assert there <= named, f"not in the tree: {sorted(there - named)}"
+    entries = re.findall(r"^( *)([\w./]+)(?=\s{2,}\S)", tree[1], flags=re.M)
+    package = ROOT / "src/llavaforge"
+    for indent, folder in ((2, package), (4, package / "data")):
+        named = {name for spaces, name in entries if len(spaces) == indent}
+        there = {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
+        there |= {path.name for path in package.glob("[a-z]*.py") if folder == package}
+        assert named == there
+    for _, name in (entry for entry in entries if not entry[0]):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_a_page_links_to_and_the_doors_it_names_are_there(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)|<img src=\"([^\"]+)\"", text)
+    for link in (link for pair in links for link in pair if link):
+        assert (page.parent / link).exists(), link
+    doors = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, flags=re.M)) <= doors
+    for name in re.findall(r"recipes/[\w./-]+", text):
+        assert (ROOT / name.rstrip(".")).exists(), name

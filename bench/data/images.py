@@ -1,6 +1,6 @@
 """From JPEG bytes to the tower's pixels: ours against transformers' Pillow processor, image by image in turns.
 
-    python -m bench.images [folder]
+    python -m bench.data.images [folder]
 
 Both sides start from the same bytes in memory, at CLIP-L's geometry (shortest edge 336, bicubic, centre crop 336), and
 run in one process. Theirs ends with normalised floats; ours with `uint8`, which the device normalises after a quarter
@@ -132,7 +132,7 @@ def _spread(ratios: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Print the figures as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m bench.images", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.data.images", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("images"), help="of JPEG files (default: images)")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Qwen1.5's own tokenizer, made offline: its whole vocabulary is in the wheel `dashscope`.
 
-Used by `bench/data/records.py` and by the tests of the seed's own model.
+Used by `bench/data/records.py` and by the tests of the published recipe (`tests/join/test_published_recipe.py`).
 """
 
 import base64

@@ -3,7 +3,7 @@
     python -m bench.data [--records 595375 3000000] [--photos FOLDER] [--output FILE]
 
 Records are generated with the lengths of LLaVA-CC3M-Pretrain-595K (a caption has 10 words); each has an image file of
-its own name (a hard link to one of a few real ones). Tokenizer: Qwen1.5's. The bars are those of the issue.
+its own name (a hard link to one of a few real ones). Tokenizer: Qwen1.5's. A bar is the figure that it must reach.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from bench.data.run import images
+from bench.data import images
 from bench.machine import describe, source_sha256
 from bench.report import print_machine
 from llavaforge.config.schema import DataEntry, SampleOptions
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, nargs="*", default=[595_375, 3_000_000])
     parser.add_argument(
-        "--photos", type=Path, default=Path("../shared/data/photos/images"), help="folder of JPEG files"
+        "--photos", type=Path, default=Path("photos"), help="folder of JPEG files (default: photos; else noise)"
     )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""`python -m bench`: run the benchmark."""
+"""`python -m bench.race`: run the benchmark."""
 
 import sys
 

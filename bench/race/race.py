@@ -18,8 +18,8 @@ from bench.scenarios import Scenario, Side, Task
 
 MODULES: dict[Side, str] = {
     "ours": "bench.race.our_way",
-    "seed": "bench.race.seed_way",
-    "seed_workers": "bench.race.seed_way",
+    "usual": "bench.race.usual_way",
+    "usual_workers": "bench.race.usual_way",
 }
 WARMUP_STEPS = 2
 # Loader workers keep up to 8 batches ready. So many steps lie beyond the last one measured that they work all the time.

@@ -86,7 +86,7 @@ def _measure(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.race", description=__doc__)
     names = [scenario.name for scenario in SCENARIOS]
     default = Path("bench") / "results" / f"{_today()}-cpu.json"
     parser.add_argument("--output", type=Path, default=default, help="where the JSON goes (default: %(default)s)")

@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md: memory per GPU and the share of communication, on paper, for the real model.
 
-Arithmetic, not measurement; `python -m bench.paper` prints the tables, for other networks and batches after a change of
+Arithmetic, not measurement; `python -m bench.scaling.paper` prints the tables; for other networks and batches change
 the constants below. GB are 10^9 bytes. What each engine holds is read from `engine/plain.py` and from DeepSpeed 0.19.8
 (`runtime/bf16_optimizer.py`, `runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`) with the shipped files,
 in bfloat16.

@@ -30,8 +30,8 @@ from bench import machine
 from bench.fairness import check_losses
 from bench.parts import make_model
 from bench.samples import make_samples
+from bench.scaling import report as scaling_report
 from bench.scaling.processes import run
-from bench.scaling.run import report as scaling_report
 from bench.scaling.wire import MAX_LIVE, Weights, formula, gloo_bytes, ring_bytes
 from bench.scenarios import REAL, SIZES
 from llavaforge.config.schema import TrainConfig, shipped_deepspeed

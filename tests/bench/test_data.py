@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench.data.run import run as data
+from bench.data import run as data
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(data, "_PAIRS", 1)
     monkeypatch.setattr(data, "_NUM_GENERATED", 8)
     output = tmp_path / "data.json"
-    arguments = ["bench.data.run", "--records", "320", "--photos", str(tmp_path / "absent"), "--output", str(output)]
+    arguments = ["bench.data", "--records", "320", "--photos", str(tmp_path / "absent"), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
     data.main()
     results = json.loads(output.read_text())

@@ -32,7 +32,7 @@ def test_micro_batching_changes_nothing(split: dict[str, int], tiny_llava: Path,
         assert curve(tmp_path / "split", key) == pytest.approx(curve(tmp_path / "8x1", key), rel=1e-4)
 
 
-def test_the_seeds_trio_gives_the_global_batch(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+def test_micro_batch_times_accumulation_gives_the_global_batch(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
     trio = dict(global_batch_size=None, per_device_train_batch_size=2, gradient_accumulation_steps=3)
     train(train_config(tiny_llava, shapes / "train", tmp_path / "trio", max_steps=2, **trio))
     whole = dict(global_batch_size=6, per_device_train_batch_size=6)

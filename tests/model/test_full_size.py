@@ -1,4 +1,4 @@
-"""CLIP-L/336 + Qwen1.5-4B at full size, on the meta device: the counts of the seed's model."""
+"""CLIP-L/336 + Qwen1.5-4B at full size, on the meta device: the parameter counts of the published recipe."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.model.trainable import parameter_groups
 
 
-def seeds_model() -> LlavaForConditionalGeneration:
+def published_model() -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -32,7 +32,7 @@ def config(**options: object) -> TrainConfig:
 
 
 def test_lora_of_rank_32_on_attention_is_26_214_400_parameters_in_the_language_model_alone() -> None:
-    model = seeds_model()
+    model = published_model()
     options = config(train_type="use_lora", lora_r=32, lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     groups = parameter_groups(model, options)
     lora = {name: p for group in groups if group.part == "lora" for name, p in group.parameters.items()}
@@ -54,7 +54,7 @@ def test_lora_of_rank_32_on_attention_is_26_214_400_parameters_in_the_language_m
     ],
 )
 def test_what_learns_at_full_size(train_type: str, expected: int) -> None:
-    model = seeds_model()
+    model = published_model()
     groups = parameter_groups(model, config(train_type=train_type))
     assert sum(group.num_parameters for group in groups) == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_263_056_896
@@ -64,7 +64,7 @@ def test_default_rates_are_llavas() -> None:
     rates = {
         kind: {
             group.part: group.learning_rate
-            for group in parameter_groups(seeds_model(), config(train_type=kind, lora_r=8))
+            for group in parameter_groups(published_model(), config(train_type=kind, lora_r=8))
         }
         for kind in ("projector", "use_lora", "full")
     }

@@ -104,12 +104,11 @@ def merge(output_dir: Path, trained: Trained, overwrite: bool = False) -> None:
 
 def _lora_options(run: dict[str, Any]) -> LoraOptions | None:
     """Return the LoRA options of a run, None when plain weights learnt."""
-    if run["train_type"] != "use_lora":
-        return None
-    if "lora" in run:
-        stated = run["lora"]
-    else:  # written by llavaforge 0.1.0 of before December 2026
+    stated = run.get("lora")
+    if "lora" not in run and run["train_type"] == "use_lora":  # written by llavaforge 0.1.0 of before December 2026
         stated = {name: run["config"][f"lora_{name}"] for name in ("r", "alpha", "dropout", "target_modules")}
+    if stated is None:
+        return None
     return LoraOptions(**stated | {"target_modules": tuple(stated["target_modules"])})
 
 

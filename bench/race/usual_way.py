@@ -1,11 +1,11 @@
-"""The seed's own way, written anew from its description: Hugging Face's `Trainer` around the whole stock model.
+"""The usual way: Hugging Face's `Trainer` around the whole stock model, as fine-tuning scripts for LLaVA are written.
 
 Batches are made by the collator, sample by sample: render the chat, open the image, run the processor, tokenise the
 answer apart, pad on the left. Labels are -100 on the prompt and on padding; the model runs its whole tower and computes
 logits for every position. Uses nothing of llavaforge. Runs in a process of its own.
 
-The seed trains one turn per row; here the turns after the first are appended in the same manner, so that both sides
-have the same samples.
+Such scripts often train one turn per row; here the turns after the first are appended in the same manner, so that both
+sides have the same samples.
 """
 
 import json
@@ -45,7 +45,7 @@ class Rows(torch.utils.data.Dataset[Row]):
 
 
 class Collator:
-    """RowNumbers in, a left-padded batch out."""
+    """Rows in, a left-padded batch out."""
 
     def __init__(self, processor: Any) -> None:
         self._processor, self._tokenizer = processor, processor.tokenizer
@@ -90,7 +90,7 @@ def load(task: Task) -> Any:
     if task.train_type == "use_lora":
         from peft import LoraConfig, get_peft_model
 
-        # The seed's bare names also match the tower; here both sides put LoRA into the language model alone.
+        # Bare names would match the tower too; here both sides put LoRA into the language model alone.
         names = "|".join(task.lora_targets)
         options = LoraConfig(
             r=task.lora_r,

@@ -1,4 +1,4 @@
-"""The seed's own model: CLIP-ViT-L/14-336 + Qwen1.5-4B-Chat, its tokenizer in full and its weights on `meta`."""
+"""The published recipe: CLIP-ViT-L/14-336 + Qwen1.5-4B-Chat, its tokenizer in full and its weights on `meta`."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def join(tiny_clip: Path, language_model: Path, output_dir: Path) -> dict:
     )
 
 
-def test_qwen15_gives_image_the_id_151646_and_the_files_the_seed_s_entries(qwen15: Path, tiny_clip, tmp_path: Path):
+def test_qwen15_gives_image_the_id_151646_and_the_files_the_published_entries(qwen15: Path, tiny_clip, tmp_path: Path):
     result = join(tiny_clip, qwen15, tmp_path / "out")
     assert result["image_token_id"] == 151646
     fields = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
@@ -82,7 +82,7 @@ def test_where_151646_is_taken_image_gets_the_next_id(qwen15: Path, tmp_path: Pa
     assert ready("<|object_ref_start|><image>").input_ids == [151646, 151647]
 
 
-def test_the_seed_s_model_has_its_parameters_at_full_size():
+def test_the_joined_model_has_its_parameters_at_full_size():
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
         patch_size=14,
