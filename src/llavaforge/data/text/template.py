@@ -29,7 +29,7 @@ class TextSpan(NamedTuple):
     supervised: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity: `_literals` remembers what it learnt of each
 class ChatTemplate:
     """Renders turns in one style.
 
@@ -55,7 +55,7 @@ class ChatTemplate:
             return self._plain(turns)
         turns = self._with_system(turns)
         contents = [self.escape(turn) for turn in turns]
-        literals, ends = self._literals(tuple(turn.role for turn in turns))
+        literals, ends = _literals(self, tuple(turn.role for turn in turns))
         whole = "".join(a + b for a, b in zip(literals, [*contents, ""], strict=True))
         if whole != self._render(_messages(turns, contents)):
             raise RecordError(
@@ -109,7 +109,7 @@ class ChatTemplate:
         """The token that ends an answer in training: the template's own, or else `end_token`."""
         if self.style == "plain":
             return self.end_token
-        return self._literals(("user", "assistant"))[1][-1].strip() or self.end_token
+        return _literals(self, ("user", "assistant"))[1][-1].strip() or self.end_token
 
     @cached_property
     def bos_token(self) -> str:
@@ -130,9 +130,6 @@ class ChatTemplate:
         if self.system_prompt is None or turns[0].role == "system":
             return turns
         return [Turn("system", self.system_prompt), *turns]
-
-    def _literals(self, roles: tuple[str, ...]) -> tuple[list[str], list[str]]:
-        return _literals(self, roles)
 
     def _mark(self, turns: Sequence[Turn], contents: list[str], literals: list[str], ends: list[str]) -> list[TextSpan]:
         spans: list[TextSpan] = []
@@ -195,12 +192,6 @@ class ChatTemplate:
             return "PROBE" not in self._usual(probe)
         except Exception:
             return True
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
 
 @lru_cache(maxsize=4096)
