@@ -57,7 +57,8 @@ class ChatTemplate:
         contents = [self.escape(turn) for turn in turns]
         literals, ends = _literals(self, tuple(turn.role for turn in turns))
         whole = "".join(a + b for a, b in zip(literals, [*contents, ""], strict=True))
-        if whole != self._render(_messages(turns, contents)):
+        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
+        if whole != self._render(messages):
             raise RecordError(
                 "unprovable_labels",
                 "the chat template changes this text, so labels cannot be proved. Remove unusual markers (such as "
@@ -72,7 +73,8 @@ class ChatTemplate:
             turns: ends with a user turn.
         """
         spans = self.spans([*turns, Turn("assistant", "x")])
-        return "".join(span.text for span in spans[: _last_supervised(spans)])
+        answer = max(number for number, span in enumerate(spans) if span.supervised)
+        return "".join(span.text for span in spans[:answer])
 
     def escape(self, turn: Turn) -> str:
         """Return a turn's text in which no special token can hide: `<|im_end|>` becomes `< |im_end|>`.
@@ -226,11 +228,3 @@ def _answer_end(chat: ChatTemplate, literal: str) -> str:
         if text.startswith(token):
             return literal[: len(literal) - len(text) + len(token)]
     return ""
-
-
-def _messages(turns: Sequence[Turn], contents: list[str]) -> list[dict[str, Any]]:
-    return [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
-
-
-def _last_supervised(spans: list[TextSpan]) -> int:
-    return max(number for number, span in enumerate(spans) if span.supervised)
