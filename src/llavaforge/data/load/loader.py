@@ -5,6 +5,7 @@ Comes in: an index, preprocessing and an iterable of `MicroBatch`. Goes out: an 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from llavaforge.processes import workers
 _PREFETCH = 4  # packs each worker keeps ready
 
 
+@dataclass(frozen=True)
 class PackDataset(Dataset[Pack]):
     """Maps a micro-batch to its pack; the only place where pixels are read.
 
@@ -34,21 +36,12 @@ class PackDataset(Dataset[Pack]):
         masks_bad: mask a sample whose image cannot be read (`Pack.bad`), instead of raising.
     """
 
-    def __init__(
-        self,
-        index: SampleIndex,
-        preprocessing: Preprocessing,
-        image_token_id: int,
-        num_image_tokens: int,
-        blank_image: bool = False,
-        masks_bad: bool = False,
-    ) -> None:
-        self.index = index
-        self.preprocessing = preprocessing
-        self.image_token_id = image_token_id
-        self.num_image_tokens = num_image_tokens
-        self.blank_image = blank_image
-        self.masks_bad = masks_bad
+    index: SampleIndex
+    preprocessing: Preprocessing
+    image_token_id: int
+    num_image_tokens: int
+    blank_image: bool = False
+    masks_bad: bool = False
 
     def __getitem__(self, source: MicroBatch) -> Pack:
         rows = [self.index.row(number) for number in source.samples]
