@@ -6,7 +6,7 @@ Legend: T tokens of the pack, S supervised tokens, N samples, I images, C channe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,8 +78,8 @@ class Pack:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Any) -> "Pack":
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Pack(**{key: function(v) if isinstance(v, torch.Tensor) else v for key, v in values.items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
 def make_pack(
