@@ -8,7 +8,6 @@ One row:
     74,311 bytes) | ids [151644, 872, ...] | supervised_spans [25, 41] | length 626 | num_supervised 16
 """
 
-import logging
 import os
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from llavaforge.data.index.prepare import faults_of
 from llavaforge.data.rows.sources import Source
 from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.data.storage.image_store import safe_name
-
-logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -152,7 +149,7 @@ class DataSetIndex:
         at = number - self._starts[chunk]
         return Row(
             data_set,
-            self._file_names[batch.file[at]],
+            self.source.file_names[batch.file[at]],
             int(batch.row[at]),
             batch.id[at].as_py(),
             tuple(batch.image(image) for image in range(batch.images_at[at], batch.images_at[at + 1])),
@@ -172,10 +169,6 @@ class DataSetIndex:
     @cached_property
     def _views(self) -> dict[int, _Batch]:
         return {}
-
-    @cached_property
-    def _file_names(self) -> list[str]:
-        return self.source.file_names
 
 
 @dataclass(frozen=True)

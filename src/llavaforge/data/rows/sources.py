@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from llavaforge.config.schema import DataEntry
@@ -46,7 +47,7 @@ class Source:
     files: tuple[Path, ...]
     images: ImageStore
 
-    @property
+    @cached_property
     def file_names(self) -> list[str]:
         """What messages call the files: their names, with the folder where two share one."""
         names = [file.name for file in self.files]
