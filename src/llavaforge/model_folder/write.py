@@ -4,7 +4,6 @@ Comes in: a config, a processor and a stream of tensors; or an existing folder a
 folder that transformers 4 and 5, vLLM and mlx open, published whole or not at all.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 from llavaforge.errors import UserError
 from llavaforge.files import not_published, publishing
 from llavaforge.model_folder.card import model_card
-from llavaforge.model_folder.config_files import config_json, generation_json
+from llavaforge.model_folder.config_files import config_json, generation_json, write_json
 from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name
 from llavaforge.model_folder.processor_files import write_processor
 from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
@@ -53,9 +52,8 @@ def write_model_folder(
     """
     check_output_dir(output_dir, overwrite)
     with publishing(output_dir, overwrite=overwrite) as folder:
-        _write_json(folder / "config.json", config_json(config))
-        generation = generation_json(config, generation_config, processor)
-        _write_json(folder / "generation_config.json", generation)
+        write_json(folder / "config.json", config_json(config))
+        write_json(folder / "generation_config.json", generation_json(config, generation_config, processor))
         write_shards(folder, "model", tensors, max_shard_bytes)
         write_processor(folder, processor)
         (folder / "README.md").write_text(model_card(config), encoding="utf-8")
@@ -144,7 +142,3 @@ def _updated(files: TensorFiles, modules: Mapping[str, str], changed: Change) ->
         if new.shape != tensor.shape:
             raise ValueError(f"`{module_name}`: {tuple(new.shape)} instead of {tuple(tensor.shape)}")
         yield to_file_name(module_name), new.detach().to("cpu", tensor.dtype)
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
