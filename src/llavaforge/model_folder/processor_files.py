@@ -75,15 +75,9 @@ def _write_tokenizer_fields(path: Path, processor: LlavaProcessor, chat_template
     content["padding_side"] = "left"
     if chat_template is not None:
         content["chat_template"] = chat_template
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     content["added_tokens_decoder"] = {
-        str(number): {
-            "content": token.content,
-            "lstrip": token.lstrip,
-            "normalized": token.normalized,
-            "rstrip": token.rstrip,
-            "single_word": token.single_word,
-            "special": token.special,
-        }
+        str(number): {field: getattr(token, field) for field in fields}
         for number, token in sorted(tokenizer.added_tokens_decoder.items())
     }
     extra = [str(token) for token in tokenizer.extra_special_tokens]
