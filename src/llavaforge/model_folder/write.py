@@ -17,7 +17,7 @@ from llavaforge.model_folder.config_files import config_json, generation_json, w
 from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name
 from llavaforge.model_folder.processor_files import write_processor
 from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
-from llavaforge.model_folder.tensors import MAX_SHARD_BYTES, TensorFiles, open_tensors, write_shards
+from llavaforge.model_folder.tensors import TensorFiles, open_tensors, write_shards
 
 Change = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -30,7 +30,6 @@ def write_model_folder(
     generation_config: GenerationConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
     overwrite: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     check: Callable[[Path], None] | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
@@ -43,7 +42,6 @@ def write_model_folder(
         generation_config: eos, pad and `suppress_tokens` are completed.
         tensors: file names (`to_file_name`) and tensors; read once, one shard in memory at most.
         overwrite: replace an existing model folder, once the new one is complete.
-        max_shard_bytes: largest file of tensors.
         check: called with the complete folder before it is published; what it raises stops the publishing.
         extra_files: further text files, by name.
 
@@ -54,7 +52,7 @@ def write_model_folder(
     with publishing(output_dir, overwrite=overwrite) as folder:
         write_json(folder / "config.json", config_json(config))
         write_json(folder / "generation_config.json", generation_json(config, generation_config, processor))
-        write_shards(folder, "model", tensors, max_shard_bytes)
+        write_shards(folder, "model", tensors)
         write_processor(folder, processor)
         (folder / "README.md").write_text(model_card(config), encoding="utf-8")
         for name, text in (extra_files or {}).items():
