@@ -97,10 +97,7 @@ def open_pickle(path: Path) -> TensorFiles:
 
 
 def write_shards(
-    folder: Path,
-    stem: str,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Path]:
     """Write a stream of tensors as `{stem}.safetensors`, or as shards with an index; hold one shard at most.
 
