@@ -1,5 +1,6 @@
 """Fixtures that every test may use: tiny random parts on the disk, made once per session."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
-torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
+torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way, here and in the processes started
+os.environ["OMP_NUM_THREADS"] = "1"
 transformers_logging.disable_progress_bar()
 
 

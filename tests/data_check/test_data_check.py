@@ -1,5 +1,6 @@
 """The doctor finds every named fault, with its kind and row, and training takes the list it writes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -303,8 +304,8 @@ def test_a_fault_of_an_entry_names_it(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seconds", [0.5, 4.0])
-def test_ctrl_c_leaves_no_traceback_and_no_process(seconds: float, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("depth", [1, 2], ids=["server", "workers"])
+def test_ctrl_c_leaves_no_traceback_and_no_process(depth: int, data: Path, tmp_path: Path) -> None:
     rows = [row(number % NUM_RECORDS) for number in range(100_000)]
     write_rows(data, rows)
     command = [sys.executable, "-m", "llavaforge", "data", "check", "--data_path", str(data)]
@@ -312,15 +313,26 @@ def test_ctrl_c_leaves_no_traceback_and_no_process(seconds: float, data: Path, t
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     assert any(line.startswith("preparing") for line in process.stderr)
-    time.sleep(seconds)  # while the fork server imports, and when it has
+    until = time.monotonic() + 300
+    while not _has_descendants(process.pid, depth):  # while the fork server imports, and when it has
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=300)
     assert "Traceback" not in told, told
     assert process.returncode == 130 and "interrupted" in told, told
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while (left := _running(process.pid)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not left
+
+
+def _has_descendants(pid: int, depth: int) -> bool:
+    """Say whether a process has children, or children that have some."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(pid).children()
+        return any(depth == 1 or _has_descendants(child.pid, depth - 1) for child in children)
+    return False
 
 
 def _running(session: int) -> list[psutil.Process]:

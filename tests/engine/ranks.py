@@ -30,7 +30,6 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "LOCAL_SIZE": "1",  # or DeepSpeed starts `numactl` to count the devices of a CPU, once per gradient
     }
 
 

@@ -19,17 +19,26 @@ def curve(folder: Path, key: str) -> list[float]:
     return [line[key] for line in read_metrics(folder)]
 
 
+WHOLE: dict[str, Any] = dict(global_batch_size=8, per_device_train_batch_size=8, train_type="full", learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llava: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose steps are one micro-batch each. Read only."""
+    folder = tmp_path_factory.mktemp("8x1") / "run"
+    train(train_config(tiny_llava, shapes / "train", folder, **WHOLE))
+    return folder
+
+
 @pytest.mark.parametrize(
     "split", [dict(per_device_train_batch_size=1), dict(per_device_train_batch_size=4), dict(max_tokens_per_batch=300)]
 )
-def test_micro_batching_changes_nothing(split: dict[str, int], tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
-    whole: dict[str, Any] = dict(
-        global_batch_size=8, per_device_train_batch_size=8, train_type="full", learning_rate=1e-3
-    )
-    train(train_config(tiny_llava, shapes / "train", tmp_path / "8x1", **whole))
-    train(train_config(tiny_llava, shapes / "train", tmp_path / "split", **{**whole, **split}))
+def test_micro_batching_changes_nothing(
+    split: dict[str, int], whole: Path, tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    train(train_config(tiny_llava, shapes / "train", tmp_path / "split", **{**WHOLE, **split}))
     for key in ("loss", "grad_norm"):
-        assert curve(tmp_path / "split", key) == pytest.approx(curve(tmp_path / "8x1", key), rel=1e-4)
+        assert curve(tmp_path / "split", key) == pytest.approx(curve(whole, key), rel=1e-4)
 
 
 def test_micro_batch_times_accumulation_gives_the_global_batch(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None, projector_fr
         together.
     """
     path = find_model_folder(name_or_path)
-    config, processor = read_checked(path)
-    model = load_verified(path, dtype, config, processor)
+    _, processor = read_checked(path)
+    model = load_verified(path, dtype, processor)
     if projector_from is not None:
         projector, tensors = model.model.multi_modal_projector, read_projector(projector_from)
         check_projector(projector_from, tensors, {name: old.shape for name, old in projector.state_dict().items()})

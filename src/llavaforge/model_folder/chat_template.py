@@ -78,8 +78,8 @@ def accepting_strings_and_lists(template: str, tokens: Mapping[str, str]) -> str
         tokens: what templates may name: `bos_token`, `eos_token`, ...
     """
     text = "probe\nprobe"
-    plain = _render(template, f"<image>\n{text}", tokens)
-    parts = _render(template, [{"type": "image"}, {"type": "text", "text": text}], tokens)
+    contents = f"<image>\n{text}", [{"type": "image"}, {"type": "text", "text": text}]
+    plain, parts = (_render(template, [{"role": "user", "content": content}], tokens) for content in contents)
     knows_strings = plain is not None and text in plain and "<image>" in plain
     knows_lists = parts is not None and text in parts and "<image>" in parts
     if knows_strings and parts == plain:
@@ -93,19 +93,17 @@ def end_of_answer(template: str, tokenizer: Any) -> int | None:
     Training teaches this token; it must stop `generate`, also where the language model's own files name another.
     """
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "PROBE"}]
-    try:
-        rendered, _ = render_jinja_template([conversation], chat_template=template, **tokenizer.special_tokens_map)
-    except Exception:  # whatever a template raises at a simple conversation
+    rendered = _render(template, conversation, tokenizer.special_tokens_map)
+    if rendered is None:
         return None
-    rest = str(rendered[0]).rpartition("PROBE")[2]
+    rest = rendered.rpartition("PROBE")[2]
     ends = [token for token in tokenizer.added_tokens_encoder if rest.startswith(token)]
     return int(tokenizer.added_tokens_encoder[max(ends, key=len)]) if ends else None
 
 
-def _render(template: str, content: Any, tokens: Mapping[str, str]) -> str | None:
-    conversation = [{"role": "user", "content": content}]
+def _render(template: str, conversation: list[dict[str, Any]], tokens: Mapping[str, str]) -> str | None:
     try:
         rendered, _ = render_jinja_template([conversation], chat_template=template, **tokens)
-    except Exception:  # whatever a template raises at a content that it does not know
+    except Exception:  # whatever a template raises at what it does not know
         return None
     return str(rendered[0])

@@ -3,11 +3,18 @@
 Comes in: transformers' config objects. Goes out: plain dicts that transformers 4 and 5 and vLLM read alike.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, LlavaConfig, LlavaProcessor
 
 from llavaforge.model_folder.chat_template import end_of_answer
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file for people to read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def config_json(config: LlavaConfig) -> dict[str, Any]:

@@ -8,7 +8,6 @@ and transformers 4 expect, and 5 understands.
     model.multi_modal_projector.linear_1.weight   multi_modal_projector.linear_1.weight
     model.language_model.layers.0...              language_model.model.layers.0...
     lm_head.weight                                language_model.lm_head.weight
- Pure string work.
 """
 
 import re
@@ -33,7 +32,7 @@ _TO_MODULE = [
 
 
 def to_file_name(module_name: str) -> str:
-    """Return the name in our files of a tensor of the stock model, e.g. `lm_head.weight` in, see above.
+    """Return the name in our files of a tensor of the stock model, as in the table above.
 
     Raises:
         ValueError: the name belongs to no part of a LLaVA.

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import LlavaProcessor
 
 from llavaforge.model_folder.chat_template import accepting_strings_and_lists
+from llavaforge.model_folder.config_files import write_json
 from llavaforge.model_folder.read import read_json
 
 # Class names that transformers 4 does not know, and the ones that mean the same to both.
@@ -29,9 +30,9 @@ def write_processor(folder: Path, processor: LlavaProcessor) -> None:
     if isinstance(template, str):
         accepting = accepting_strings_and_lists(template, tokenizer.special_tokens_map)
         (folder / "chat_template.jinja").write_text(accepting)
-        _write_json(folder / "chat_template.json", {"chat_template": accepting})  # where processors before 4.49 look
-    _write_json(folder / "preprocessor_config.json", _preprocessor_json(processor))
-    _write_json(folder / "processor_config.json", _processor_json(processor))
+        write_json(folder / "chat_template.json", {"chat_template": accepting})  # where processors before 4.49 look
+    write_json(folder / "preprocessor_config.json", _preprocessor_json(processor))
+    write_json(folder / "processor_config.json", _processor_json(processor))
     _write_tokenizer_fields(folder / "tokenizer_config.json", processor, accepting)
 
 
@@ -74,22 +75,16 @@ def _write_tokenizer_fields(path: Path, processor: LlavaProcessor, chat_template
     content["padding_side"] = "left"
     if chat_template is not None:
         content["chat_template"] = chat_template
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     content["added_tokens_decoder"] = {
-        str(number): {
-            "content": token.content,
-            "lstrip": token.lstrip,
-            "normalized": token.normalized,
-            "rstrip": token.rstrip,
-            "single_word": token.single_word,
-            "special": token.special,
-        }
+        str(number): {field: getattr(token, field) for field in fields}
         for number, token in sorted(tokenizer.added_tokens_decoder.items())
     }
     extra = [str(token) for token in tokenizer.extra_special_tokens]
     content["additional_special_tokens"] = extra if image_token in extra else [*extra, image_token]
     content["extra_special_tokens"] = {"image_token": image_token}
     content["image_token"] = image_token
-    _write_json(path, content)
+    write_json(path, content)
 
 
 def _tokenizer_class(name: str, source: Path) -> str:
@@ -97,7 +92,3 @@ def _tokenizer_class(name: str, source: Path) -> str:
     if name in _CLASSES_OF_4 and (source / "tokenizer_config.json").is_file():
         name = read_json(source / "tokenizer_config.json").get("tokenizer_class") or name
     return _CLASSES_OF_4.get(name, name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

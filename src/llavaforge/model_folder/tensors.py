@@ -8,7 +8,6 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         num_rows = max(1, _BLOCK_BYTES * shape[0] // max(1, whole.nbytes))
         for start in range(0, shape[0], num_rows):
             stop = min(start + num_rows, shape[0])
-            whole[start:stop] = file.read_rows(name, start, stop)
+            whole[start:stop] = file.read(name, slice(start, stop))
         return whole
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -98,10 +97,7 @@ def open_pickle(path: Path) -> TensorFiles:
 
 
 def write_shards(
-    folder: Path,
-    stem: str,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Path]:
     """Write a stream of tensors as `{stem}.safetensors`, or as shards with an index; hold one shard at most.
 
@@ -185,13 +181,9 @@ class _SafetensorsFile:
         except KeyError as error:
             raise UserError(f"{path}: tensor `{name}` has the type {error}; quantised weights are not taken.") from None
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_slice(name)[start:stop]
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
 
 class _PickleFile:
@@ -205,16 +197,10 @@ class _PickleFile:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._counted(name, slice(None) if self.shapes[name] else ...)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._counted(name, slice(start, stop))
-
-    def _counted(self, name: str, rows: slice | EllipsisType) -> torch.Tensor:
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         if self._read_bytes >= _REMAP_BYTES:
             self._tensors, self._read_bytes = self._map(), 0
-        tensor = self._tensors[name][rows]
+        tensor = self._tensors[name][... if rows is None else rows]
         self._read_bytes += tensor.nbytes
         return tensor
 

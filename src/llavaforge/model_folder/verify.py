@@ -18,28 +18,40 @@ from llavaforge.model_folder.read import read_config, read_processor
 
 
 def read_checked(folder: Path) -> tuple[LlavaConfig, LlavaProcessor]:
-    """Read a model folder's config and processor and check that they agree.
+    """Read a model folder's config and processor and check that they agree on `<image>`.
 
     Raises:
         UserError: one is missing or damaged, or they do not agree.
     """
     processor, config = read_processor(folder), read_config(folder)
-    check_processor(folder, config, processor)
+    tokenizer, number = processor.tokenizer, config.image_token_index
+    found = tokenizer.encode(processor.image_token, add_special_tokens=False)
+    if found != [number]:
+        raise UserError(
+            f"{folder}: `{processor.image_token}` is {found} to the tokenizer and {number} to config.json; "
+            "they must be one and the same token."
+        )
+    if number >= config.text_config.vocab_size:
+        raise UserError(
+            f"{folder}: `{processor.image_token}` has id {number}, but the embedding has only "
+            f"{config.text_config.vocab_size} rows."
+        )
+    if processor.vision_feature_select_strategy != config.vision_feature_select_strategy:
+        raise UserError(
+            f"{folder}: vision_feature_select_strategy is {processor.vision_feature_select_strategy!r} in "
+            f"processor_config.json and {config.vision_feature_select_strategy!r} in config.json."
+        )
     return config, processor
 
 
 def load_verified(
-    folder: Path,
-    dtype: torch.dtype | None = None,
-    config: LlavaConfig | None = None,
-    processor: LlavaProcessor | None = None,
+    folder: Path, dtype: torch.dtype | None = None, processor: LlavaProcessor | None = None
 ) -> LlavaForConditionalGeneration:
     """Load a model folder with plain transformers and check that it is whole.
 
     Args:
         folder: a model folder.
         dtype: type of the weights in memory; None takes the one that config.json names.
-        config: of `read_checked`, when it was called before.
         processor: of `read_checked`, when it was called before.
 
     Returns:
@@ -48,8 +60,8 @@ def load_verified(
     Raises:
         UserError: a tensor is missing, unknown or of another shape, or the processor does not fit the model.
     """
-    if config is None or processor is None:
-        config, processor = read_checked(folder)
+    if processor is None:
+        _, processor = read_checked(folder)
     disable_progress_bar()  # it takes longer to read than the weights take to load
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(
@@ -72,31 +84,6 @@ def check_report(folder: Path, report: dict[str, Any]) -> None:
         found = sorted(str(key if isinstance(key, str) else key[0]) for key in report.get(kind) or ())
         if found:
             raise UserError(f"{folder}: {kind.replace('_', ' ')}: `{found[0]}` ({len(found)} in all).")
-
-
-def check_processor(folder: Path, config: LlavaConfig, processor: LlavaProcessor) -> None:
-    """Check that processor, tokenizer and config agree on `<image>`.
-
-    Raises:
-        UserError: they do not.
-    """
-    tokenizer, number = processor.tokenizer, config.image_token_index
-    if tokenizer.encode(processor.image_token, add_special_tokens=False) != [number]:
-        found = tokenizer.encode(processor.image_token, add_special_tokens=False)
-        raise UserError(
-            f"{folder}: `{processor.image_token}` is {found} to the tokenizer and {number} to config.json; "
-            "they must be one and the same token."
-        )
-    if number >= config.text_config.vocab_size:
-        raise UserError(
-            f"{folder}: `{processor.image_token}` has id {number}, but the embedding has only "
-            f"{config.text_config.vocab_size} rows."
-        )
-    if processor.vision_feature_select_strategy != config.vision_feature_select_strategy:
-        raise UserError(
-            f"{folder}: vision_feature_select_strategy is {processor.vision_feature_select_strategy!r} in "
-            f"processor_config.json and {config.vision_feature_select_strategy!r} in config.json."
-        )
 
 
 def num_placeholders(processor: LlavaProcessor) -> tuple[int, torch.Tensor]:

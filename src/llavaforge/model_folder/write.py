@@ -4,7 +4,6 @@ Comes in: a config, a processor and a stream of tensors; or an existing folder a
 folder that transformers 4 and 5, vLLM and mlx open, published whole or not at all.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 from llavaforge.errors import UserError
 from llavaforge.files import not_published, publishing
 from llavaforge.model_folder.card import model_card
-from llavaforge.model_folder.config_files import config_json, generation_json
+from llavaforge.model_folder.config_files import config_json, generation_json, write_json
 from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name
 from llavaforge.model_folder.processor_files import write_processor
 from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
-from llavaforge.model_folder.tensors import MAX_SHARD_BYTES, TensorFiles, open_tensors, write_shards
+from llavaforge.model_folder.tensors import TensorFiles, open_tensors, write_shards
 
 Change = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -31,7 +30,6 @@ def write_model_folder(
     generation_config: GenerationConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
     overwrite: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     check: Callable[[Path], None] | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
@@ -44,7 +42,6 @@ def write_model_folder(
         generation_config: eos, pad and `suppress_tokens` are completed.
         tensors: file names (`to_file_name`) and tensors; read once, one shard in memory at most.
         overwrite: replace an existing model folder, once the new one is complete.
-        max_shard_bytes: largest file of tensors.
         check: called with the complete folder before it is published; what it raises stops the publishing.
         extra_files: further text files, by name.
 
@@ -53,10 +50,9 @@ def write_model_folder(
     """
     check_output_dir(output_dir, overwrite)
     with publishing(output_dir, overwrite=overwrite) as folder:
-        _write_json(folder / "config.json", config_json(config))
-        generation = generation_json(config, generation_config, processor)
-        _write_json(folder / "generation_config.json", generation)
-        write_shards(folder, "model", tensors, max_shard_bytes)
+        write_json(folder / "config.json", config_json(config))
+        write_json(folder / "generation_config.json", generation_json(config, generation_config, processor))
+        write_shards(folder, "model", tensors)
         write_processor(folder, processor)
         (folder / "README.md").write_text(model_card(config), encoding="utf-8")
         for name, text in (extra_files or {}).items():
@@ -144,7 +140,3 @@ def _updated(files: TensorFiles, modules: Mapping[str, str], changed: Change) ->
         if new.shape != tensor.shape:
             raise ValueError(f"`{module_name}`: {tuple(new.shape)} instead of {tuple(tensor.shape)}")
         yield to_file_name(module_name), new.detach().to("cpu", tensor.dtype)
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

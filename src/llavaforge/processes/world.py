@@ -198,6 +198,8 @@ def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World
         if not _open:
             if not torch.cuda.is_available():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+                # Or DeepSpeed starts `numactl` to count the devices of a CPU, once per gradient under ZeRO-3.
+                os.environ.setdefault("LOCAL_SIZE", "1")
             world = World(int(os.environ.get("RANK", "0")), size)
             atexit.register(world.close)
             try:
