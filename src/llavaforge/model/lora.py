@@ -6,7 +6,7 @@ Comes in: a stock Llava. Goes out: the same model with LoRA layers inside, and t
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,19 +83,12 @@ def add_lora(model: Any, options: LoraOptions, seed: int) -> None:
         )
     inject_adapter_in_model(peft_config(options), model, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in lora_layers(model):
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         a, b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
         bound = 1 / math.sqrt(a.in_features)
         fresh = torch.empty(a.weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         a.weight.data = fresh.to(a.weight.device)
         b.weight.data = torch.zeros(b.weight.shape, dtype=torch.float32, device=b.weight.device)
-
-
-def lora_layers(model: Any) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield module path and layer of every LoRA."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
 
 
 def is_lora(name: str) -> bool:
