@@ -3,7 +3,6 @@
 Comes in: a stock Llava and a train type. Goes out: `Group`s for the engine; everything else is frozen.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +78,14 @@ def parameter_groups(model: Any, config: TrainConfig) -> list[Group]:
     Returns:
         Groups in the order of the train type's parts, matrices (decayed) before vectors (not decayed).
     """
-    return [
-        Group(part, learning_rate(config, part), decay, chosen)
-        for part, parameters in set_trainable(model, config).items()
-        for decay, chosen in _by_decay(parameters, config.weight_decay)
-    ]
+    groups = []
+    for part, parameters in set_trainable(model, config).items():
+        matrices = {name: parameter for name, parameter in parameters.items() if parameter.ndim > 1}
+        vectors = {name: parameter for name, parameter in parameters.items() if parameter.ndim <= 1}  # biases and norms
+        for decay, chosen in ((config.weight_decay, matrices), (0.0, vectors)):
+            if chosen:
+                groups.append(Group(part, learning_rate(config, part), decay, chosen))
+    return groups
 
 
 def learning_rate(config: TrainConfig, part: PartName | None = None) -> float:
@@ -104,15 +106,3 @@ def lora_options(options: DataOptions) -> LoraOptions | None:
     if not options.uses_lora:
         return None
     return LoraOptions(options.lora_r, options.lora_alpha, options.lora_dropout, tuple(options.lora_target_modules))
-
-
-def _by_decay(
-    parameters: dict[str, nn.Parameter], weight_decay: float
-) -> Iterator[tuple[float, dict[str, nn.Parameter]]]:
-    """Biases and norms are not decayed."""
-    matrices = {name: parameter for name, parameter in parameters.items() if parameter.ndim > 1}
-    vectors = {name: parameter for name, parameter in parameters.items() if parameter.ndim <= 1}
-    if matrices:
-        yield weight_decay, matrices
-    if vectors:
-        yield 0.0, vectors
