@@ -24,17 +24,17 @@ def normalize(pixels_ICHW: torch.Tensor, preprocessing: Preprocessing, dtype: to
 
 
 def num_layers_used(config: Any) -> int:
-    """Return how many of the tower's layers the features need.
+    """Return how many of the tower's layers the features need, by a `LlavaConfig`.
 
-    Hidden state 0 is the input of the first layer, so hidden state k needs k layers; negative ones count from the
-    last of the `num_hidden_layers + 1` hidden states.
-
-    Args:
-        config: a `LlavaConfig`.
+    Hidden state 0 is the input of the first layer, so hidden state k needs k layers.
     """
-    layers = config.vision_feature_layer
-    states = config.vision_config.num_hidden_layers + 1
-    return max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
+    return max(_feature_states(config))
+
+
+def _feature_states(config: Any) -> list[int]:
+    """Return the hidden states that are features; negative ones count from the last of `num_hidden_layers + 1`."""
+    layers, states = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1
+    return [layer % states for layer in ([layers] if isinstance(layers, int) else layers)]
 
 
 def tower_features(model: Any, pixels_ICHW: torch.Tensor) -> torch.Tensor:
@@ -54,14 +54,11 @@ def tower_features(model: Any, pixels_ICHW: torch.Tensor) -> torch.Tensor:
     hidden = tower.embeddings(pixels_ICHW)
     if hasattr(tower, "pre_layrnorm"):  # CLIP has one (its name is misspelt upstream); SigLIP has none
         hidden = tower.pre_layrnorm(hidden)
-    wanted = config.vision_feature_layer
-    states = config.vision_config.num_hidden_layers + 1
-    wanted = [wanted % states] if isinstance(wanted, int) else [layer % states for layer in wanted]
     kept = {0: hidden}
     for number in range(num_layers_used(config)):
         hidden = tower.encoder.layers[number](hidden, None)
         kept[number + 1] = hidden
-    features = torch.cat([kept[layer] for layer in wanted], dim=-1)
+    features = torch.cat([kept[layer] for layer in _feature_states(config)], dim=-1)
     return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
 
