@@ -50,12 +50,9 @@ class StepModule(nn.Module):
 
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
-        chosen = self.hidden(pack)[pack.predictors_S]
-        return cross_entropy(self.model.lm_head(chosen).float(), pack.targets_S, reduction="none")
-
-    def hidden(self, pack: Pack) -> torch.Tensor:
-        """Return the language model's last hidden states, (T, D)."""
-        return self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
+        hidden_TD = self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
+        logits_SV = self.model.lm_head(hidden_TD[pack.predictors_S])
+        return cross_entropy(logits_SV.float(), pack.targets_S, reduction="none")
 
     def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None) -> torch.Tensor:
         outputs = self.model.model(
