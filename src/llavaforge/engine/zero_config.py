@@ -82,9 +82,12 @@ def build_settings(named: str | None, known: Mapping[str, Any], hidden_size: int
     assert isinstance(zero, dict)
     for key, value in known.items():
         _put(settings, key, value)
-    settings = {key: value for key, value in settings.items() if key not in _OURS}
-    settings["zero_optimization"] = _without_auto(zero, hidden_size)
-    return settings
+    sizes = _auto_sizes(hidden_size)
+    settings["zero_optimization"] = {
+        key: sizes[key] if value == _AUTO else int(value) if isinstance(value, float) else value  # 5e8 is a float
+        for key, value in zero.items()
+    }
+    return {key: value for key, value in settings.items() if key not in _OURS}
 
 
 def settings_of_run(config: TrainConfig, global_batch_size: int | None, num_processes: int) -> dict[str, Any] | None:
@@ -171,7 +174,8 @@ def check_installed(settings: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file (deepspeed). Give a DeepSpeed JSON file or one of {_shipped()}.")
+        shipped = ", ".join(shipped_deepspeed())
+        raise UserError(f"{path}: no such file (deepspeed). Give a DeepSpeed JSON file or one of {shipped}.")
     try:
         settings = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -214,15 +218,10 @@ def _problems_of_zero(zero: Mapping[str, Any], bf16: bool) -> Iterator[str]:
     allowed = _STAGE_3 if stage == 3 else _STAGE_1_BF16 if other_optimizer else _STAGE_1_AND_2
     for key, value in zero.items():
         if key not in allowed:
-            elsewhere = (
-                "at stage 3 only" if key in _STAGE_3 else "at stages 1 and 2 only" if key in _STAGE_1_AND_2 else ""
-            )
             at = f"stage {stage}" + (" in bfloat16" if other_optimizer else "")
-            known = (
-                f"it works {elsewhere}"
-                if elsewhere and not other_optimizer
-                else f"known there: {', '.join(sorted(allowed))}"
-            )
+            known = f"known there: {', '.join(sorted(allowed))}"
+            if not other_optimizer and key in _STAGE_3 | _STAGE_1_AND_2:
+                known = "it works at " + ("stage 3 only" if key in _STAGE_3 else "stages 1 and 2 only")
             yield f"`zero_optimization.{key}` has no effect at {at} ({known}); remove it"
         elif key in ("offload_optimizer", "offload_param"):
             yield from _problems_of_offload(key, value)
@@ -247,12 +246,6 @@ def _auto_sizes(hidden_size: int) -> dict[str, int]:
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-
-
-def _without_auto(zero: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
-    sizes = _auto_sizes(hidden_size)
-    plain = {key: int(value) if isinstance(value, float) else value for key, value in zero.items()}  # 5e8
-    return {key: sizes[key] if value == _AUTO else value for key, value in plain.items()}
 
 
 def _is_whole(value: Any) -> bool:
@@ -282,7 +275,3 @@ def _put(settings: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         settings = settings.setdefault(section, {})
     settings[last] = value
-
-
-def _shipped() -> str:
-    return ", ".join(shipped_deepspeed())
