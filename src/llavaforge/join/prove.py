@@ -75,8 +75,9 @@ def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig) 
     """
     _release_memory()  # the writing before this converted tensors as well
     with _quiet():
-        ids_BT = _probe_ids(language_model.config.vocab_size)
-        pixels_NCHW = _probe_pixels(tower.config)
+        vision, seeded = tower.config, torch.Generator().manual_seed
+        ids_BT = torch.randint(0, language_model.config.vocab_size, (1, 32), generator=seeded(0))
+        pixels_NCHW = torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=seeded(0))
         expected_logits = _logits(_load(language_model, config.dtype), ids_BT)
         _release_memory()
         expected_features = _features(_load(tower, config.dtype), pixels_NCHW, config.vision_feature_layer)
@@ -149,15 +150,6 @@ def _features(tower: Any, pixels_NCHW: torch.Tensor, layer: int) -> torch.Tensor
     if outputs.pooler_output is not None:
         states_NTD.append(outputs.pooler_output[:, None])
     return torch.cat(states_NTD, dim=1).float()
-
-
-def _probe_ids(vocab_size: int) -> torch.Tensor:
-    return torch.randint(0, vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
-
-
-def _probe_pixels(vision_config: Any) -> torch.Tensor:
-    shape = (1, vision_config.num_channels, vision_config.image_size, vision_config.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _tolerance(expected: torch.Tensor, dtype: torch.dtype) -> float:
