@@ -75,9 +75,10 @@ def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig) 
     """
     _release_memory()  # the writing before this converted tensors as well
     with _quiet():
-        vision, seeded = tower.config, torch.Generator().manual_seed
-        ids_BT = torch.randint(0, language_model.config.vocab_size, (1, 32), generator=seeded(0))
-        pixels_NCHW = torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=seeded(0))
+        vocab_size, vision = language_model.config.vocab_size, tower.config
+        ids_BT = torch.randint(0, vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+        shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+        pixels_NCHW = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         expected_logits = _logits(_load(language_model, config.dtype), ids_BT)
         _release_memory()
         expected_features = _features(_load(tower, config.dtype), pixels_NCHW, config.vision_feature_layer)

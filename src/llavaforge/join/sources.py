@@ -147,7 +147,7 @@ def _check_tied(part: Part, stored: str) -> str:
 
 def _report(part: Part, left: list[str]) -> None:
     if left:
-        groups = sorted({".".join(name.split(".")[:1]) for name in left})
+        groups = sorted({name.split(".")[0] for name in left})
         log.info("%s: %d tensors are left behind (%s).", part.folder, len(left), ", ".join(groups))
         log.debug("left behind: %s", ", ".join(left))
 
