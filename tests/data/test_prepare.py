@@ -400,7 +400,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 # In order: the contents' SHA-256 is remembered, the samples are written, both files are synced, the faults and then the
 # data get their names.
-POINTS = [("replace", 0), ("_joined", 0), ("sync_path", 0), ("sync_path", 1), ("replace", 1), ("replace", 2)]
+POINTS = [("replace", 0), ("concat_batches", 0), ("sync_path", 0), ("sync_path", 1), ("replace", 1), ("replace", 2)]
 
 
 @pytest.mark.parametrize(("name", "calls_before"), POINTS)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
@@ -147,10 +147,10 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
                 bar.update(share, f"preparing {source.name}: {num_records} records, {100 * share:.0f} %, ")
                 num_rows, num_bytes = sum(one.num_rows for one in gathered), sum(one.nbytes for one in gathered)
                 if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
-                    writer.write_batch(_joined(gathered))
+                    writer.write_batch(pa.concat_batches(gathered))
                     gathered = []
             if gathered:
-                writer.write_batch(_joined(gathered))
+                writer.write_batch(pa.concat_batches(gathered))
         sync_path(data)
         sync_path(faults)
         os.replace(faults, _faults_file(path))
@@ -172,13 +172,6 @@ def _warn_of_large_groups(source: Source) -> None:
                 path, size // 1_000_000,
             )  # fmt: skip
             return
-
-
-def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    table = pa.Table.from_batches(batches).combine_chunks()
-    joined = table.to_batches() or batches[:1]
-    assert len(joined) == 1, "Arrow splits what has too many bytes for one batch"
-    return joined[0]
 
 
 def _faults_file(path: Path) -> Path:
