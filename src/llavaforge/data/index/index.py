@@ -68,8 +68,9 @@ class _Batch:
         columns = {name: batch.column(name) for name in batch.schema.names}
         self.id = columns["id"]
         self.file, self.row, self.length = (columns[name].to_numpy() for name in ("file", "row", "length"))
-        self.ids, self.ids_at = _list_views(columns["ids"])
-        self.spans, self.spans_at = _list_views(columns["supervised_spans"])
+        ids, spans = columns["ids"], columns["supervised_spans"]
+        self.ids, self.ids_at = ids.values.to_numpy(), ids.offsets.to_numpy()
+        self.spans, self.spans_at = spans.values.to_numpy(), spans.offsets.to_numpy()
         images = columns["images"]
         self.images_at = images.offsets.to_numpy()
         names, *numbers = images.values.flatten()
@@ -173,11 +174,7 @@ class DataSetIndex:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Random access to the samples of one or several data sets, numbered one data set after the other.
-
-    Attributes:
-        data_sets: the data sets.
-    """
+    """Random access to the samples of one or several data sets, numbered one data set after the other."""
 
     data_sets: tuple[DataSetIndex, ...]
 
@@ -241,7 +238,3 @@ def _without_detours(names: pa.Array) -> pa.Array:
     if not pa.compute.any(odd).as_py():
         return names
     return pa.array([name if name.startswith("data:") else safe_name(name) for name in names.to_pylist()])
-
-
-def _list_views(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    return column.values.to_numpy(), column.offsets.to_numpy()
