@@ -74,7 +74,7 @@ def read_image(path: Path, row: int, number: int) -> bytes:
         ValueError: the row holds no bytes there.
     """
     if path.suffix == ".arrow":
-        value = _arrow(path).column(image_column(path))[row]
+        value = _arrow(path).column(_known_image_column(path))[row]
     else:
         group, first = _group_images(path, row)
         value = group[row - first]
@@ -86,18 +86,6 @@ def read_image(path: Path, row: int, number: int) -> bytes:
     if data is None:
         raise ValueError("it names a file and holds no bytes: save the data set with its images embedded")
     return bytes(data)
-
-
-def image_column(path: Path) -> str:
-    """Return the name of a file's image column.
-
-    Raises:
-        KeyError: it has none.
-    """
-    name = _image_column(_schema(path))
-    if name is None:
-        raise KeyError(f"{path} has no image column")
-    return name
 
 
 def largest_group_bytes(path: Path) -> int:
@@ -116,6 +104,12 @@ def _image_column(schema: pa.Schema) -> str | None:
     if known:
         return next((name for name in known if _holds_images(schema.field(name).type)), None)
     return next((field.name for field in schema if _holds_images(field.type) and not _is_binary(field.type)), None)
+
+
+def _known_image_column(path: Path) -> str:
+    if (name := _image_column(_schema(path))) is None:
+        raise KeyError(f"{path} has no image column")
+    return name
 
 
 def _text_batches(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -230,5 +224,5 @@ def _group_images(path: Path, row: int) -> tuple[pa.ChunkedArray, int]:
 @lru_cache(maxsize=1)
 def _read_group(path: Path, group: int) -> pa.ChunkedArray:
     """Return the images of a row group; the newest one is kept, for reading in order."""
-    name = image_column(path)
+    name = _known_image_column(path)
     return _parquet(path).read_row_group(group, columns=[name]).column(name)
