@@ -53,11 +53,7 @@ class ParameterState:
 
 
 class Engine(Protocol):
-    """One process of a run.
-
-    Attributes:
-        world: the processes of the run.
-    """
+    """One process of a run (`world`: all of them)."""
 
     world: World
 
