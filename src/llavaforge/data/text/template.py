@@ -53,7 +53,8 @@ class ChatTemplate:
         """
         if self.style == "plain":
             return self._plain(turns)
-        turns = self._with_system(turns)
+        if self.system_prompt is not None and turns[0].role != "system":
+            turns = [Turn("system", self.system_prompt), *turns]
         contents = [self.escape(turn) for turn in turns]
         literals, ends = _literals(self, tuple(turn.role for turn in turns))
         whole = "".join(a + b for a, b in zip(literals, [*contents, ""], strict=True))
@@ -84,12 +85,11 @@ class ChatTemplate:
         text = turn.text
         if not any(token in text for token in self._special_tokens):
             return text
-        kept = "\0" if turn.role == "user" else None
-        if kept is not None:
-            text = text.replace(IMAGE_PLACEHOLDER, kept)
+        if turn.role == "user":
+            text = text.replace(IMAGE_PLACEHOLDER, "\0")
         for token in self._special_tokens:
             text = text.replace(token, token[0] + " " + token[1:])
-        return text.replace(kept, IMAGE_PLACEHOLDER) if kept is not None else text
+        return text.replace("\0", IMAGE_PLACEHOLDER) if turn.role == "user" else text
 
     @cached_property
     def _special_tokens(self) -> list[str]:
@@ -127,11 +127,6 @@ class ChatTemplate:
             TextSpan(self.bos_token + IMAGE_PLACEHOLDER * num_images, False),
             TextSpan(answer + self.end_token, True),
         ]
-
-    def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        if self.system_prompt is None or turns[0].role == "system":
-            return turns
-        return [Turn("system", self.system_prompt), *turns]
 
     def _mark(self, turns: Sequence[Turn], contents: list[str], literals: list[str], ends: list[str]) -> list[TextSpan]:
         spans: list[TextSpan] = []
