@@ -112,14 +112,8 @@ class PlainEngine:
         for name, master in self._masters.items():
             moments = self._optimizer.state.get(master, {})
             zeros = torch.zeros_like(master, device="cpu")
-            yield (
-                name,
-                ParameterState(
-                    master.detach().to("cpu", copy=True),
-                    moments.get("exp_avg", zeros).detach().to("cpu", copy=True),
-                    moments.get("exp_avg_sq", zeros).detach().to("cpu", copy=True),
-                ),
-            )
+            state = (master, moments.get("exp_avg", zeros), moments.get("exp_avg_sq", zeros))
+            yield name, ParameterState(*(tensor.detach().to("cpu", copy=True) for tensor in state))
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
