@@ -52,9 +52,13 @@ class FlopCounter:
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         body, projector = model.model.language_model, model.model.multi_modal_projector
         lora = 2.0 * sum(p.numel() for n, p in body.named_parameters() if is_lora(n))
+        vision, tower = model.config.vision_config, vision_backbone(model)
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        tokens = tower.embeddings.position_embedding.weight.shape[0]
+        per_layer = _matrices(tower.encoder.layers[0]) * tokens + 4.0 * tokens**2 * vision.hidden_size
         return cls(
-            embedding_per_image=_embedding_per_image(model),
-            tower_per_image=_tower_per_image(model),
+            embedding_per_image=2.0 * float(tower.embeddings.patch_embedding.weight.numel()) * num_patches,
+            tower_per_image=num_layers_used(model.config) * per_layer,
             projector_per_image=(
                 num_image_tokens * _matrices(projector.linear_1),
                 num_image_tokens * _matrices(projector.linear_2),
@@ -67,13 +71,7 @@ class FlopCounter:
         )
 
     def step(self, lengths: Sequence[int], num_images: int, num_supervised: int) -> float:
-        """Return the model FLOPs of a training step.
-
-        Args:
-            lengths: tokens of each sample.
-            num_images: images among them.
-            num_supervised: supervised tokens among them.
-        """
+        """Return the model FLOPs of a training step on samples of these lengths, images and supervised tokens."""
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))
 
@@ -101,22 +99,6 @@ class FlopCounter:
             + (1 + 2 * passes) * self.attention_per_pair * pairs
             + body_factor * self.head_per_supervised * supervised
         )
-
-
-def _embedding_per_image(model: Any) -> float:
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    tower: Any = vision_backbone(model)
-    return 2.0 * float(tower.embeddings.patch_embedding.weight.numel()) * patches
-
-
-def _tower_per_image(model: Any) -> float:
-    vision = model.config.vision_config
-    tower: Any = vision_backbone(model)
-    tokens: int = tower.embeddings.position_embedding.weight.shape[0]
-    layers = num_layers_used(model.config)
-    per_layer = _matrices(tower.encoder.layers[0]) * tokens + 4.0 * tokens**2 * vision.hidden_size
-    return layers * per_layer
 
 
 def _matrices(module: nn.Module) -> float:
