@@ -78,7 +78,11 @@ def _chat_template(tokenizer: Any, folder: Path, given: Path | None) -> str:
         if not given.is_file():
             raise UserError(f"{given}: no such chat template file.")
         template = given.read_text(encoding="utf-8")
-        _check_template(template, given, tokenizer)
+        conversation = [{"role": "user", "content": "What?"}]
+        try:
+            render_jinja_template([conversation], chat_template=template, **tokenizer.special_tokens_map)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"{given}: the chat template does not render a simple question: {error}") from None
         return template
     own = tokenizer.chat_template
     if isinstance(own, dict):  # several named ones; `default` is the one for plain conversations
@@ -88,11 +92,3 @@ def _chat_template(tokenizer: Any, folder: Path, given: Path | None) -> str:
     default = default_chat_template(tokenizer)
     log.warning("%s: the tokenizer has no chat template; ChatML is used (--chat_template FILE sets another).", folder)
     return default
-
-
-def _check_template(template: str, path: Path, tokenizer: Any) -> None:
-    conversation = [{"role": "user", "content": "What?"}]
-    try:
-        render_jinja_template([conversation], chat_template=template, **tokenizer.special_tokens_map)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the chat template does not render a simple question: {error}") from None
