@@ -93,10 +93,7 @@ def build_settings(named: str | None, known: Mapping[str, Any], hidden_size: int
 def settings_of_run(config: TrainConfig, global_batch_size: int | None, num_processes: int) -> dict[str, Any] | None:
     """Return DeepSpeed's settings for a run, None for plain PyTorch; checked before a weight is read.
 
-    Args:
-        config: the run's options.
-        global_batch_size: samples per step where that is given, else None.
-        num_processes: of the run.
+    `global_batch_size` is None where it is not given.
 
     Raises:
         UserError: as `build_settings` and `check_installed`.

@@ -34,19 +34,11 @@ def packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of a pack.
+    """Causal attention within each sample of a pack, by the signature that transformers calls.
 
-    Args:
-        module: the attention layer that calls (unused; transformers passes it).
-        query_1HTD: queries.
-        key_1HTD: keys; fewer heads than the queries for grouped-query attention.
-        value_1HTD: values.
-        attention_mask: must be None.
-        lengths: the samples' lengths; they sum to T.
-        cu_seqlens: `int32` borders, on the device.
-        scaling: factor of the scores (default 1/sqrt(D)).
-        dropout: of the attention weights.
-        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+    Keys and values have fewer heads than the queries for grouped-query attention. `lengths` are the samples' and sum
+    to T, `cu_seqlens` their `int32` borders, on the device. With a `sliding_window` a token sees itself and the
+    `sliding_window - 1` tokens before it. `scaling` is by default 1/sqrt(D).
 
     Returns:
         (1, T, H, D), and None for the weights.

@@ -71,16 +71,9 @@ class BlockAttention(torch.autograd.Function):
 def block_attention(
     query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attend to all tokens of a sample that are not later.
+    """Attend to all tokens of a sample that are not later, (H, L, D).
 
-    Args:
-        query_HLD: queries.
-        key_KLD: keys; H is a multiple of K, and heads that share a key head are neighbours.
-        value_KLD: values.
-        scaling: factor of the scores.
-
-    Returns:
-        (H, L, D).
+    H is a multiple of K; heads that share a key head are neighbours. `scaling` is a factor of the scores.
     """
     # Heads lie side by side in what comes in; copied once here, they are not copied for every block (12 % in bfloat16).
     inputs = (query_HLD.contiguous(), key_KLD.contiguous(), value_KLD.contiguous())

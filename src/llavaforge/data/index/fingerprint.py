@@ -18,12 +18,9 @@ from llavaforge.files import sha256
 
 
 def fingerprint_of(source: Source, builder: SampleBuilder | None, format_: int) -> str:
-    """Identify everything that an index depends on. The contents of images are not part of it.
+    """Identify everything that an index depends on: `builder` is None for one without tokens, `format_` its own number.
 
-    Args:
-        source: the data.
-        builder: tokenizer, template and options; None for an index without tokens.
-        format_: number of the index's own format.
+    The contents of images are not part of it.
     """
     root = source.images.root
     parts: dict[str, Any] = {

@@ -49,11 +49,7 @@ _LARGE_GROUP = 64_000_000  # bytes of images in a row group of Parquet
 def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, quiet: bool) -> tuple[Path, str]:
     """Prepare a data set, or find that it is prepared.
 
-    Args:
-        source: what to read.
-        builder: makes samples; None leaves the token columns empty (to check a data set without a model).
-        cache_dir: where prepared data is kept.
-        quiet: show no progress.
+    Without a `builder` the token columns stay empty (to check a data set without a model).
 
     Returns:
         The Arrow file, and the fingerprint of all that it depends on. `faults_of` reads the faults beside it.

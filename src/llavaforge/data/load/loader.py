@@ -28,10 +28,6 @@ class PackDataset(Dataset[Pack]):
     """Maps a micro-batch to its pack; the only place where pixels are read.
 
     Attributes:
-        index: the samples.
-        preprocessing: the image processor's steps.
-        image_token_id: the placeholder's id.
-        num_image_tokens: tokens per image.
         blank_image: give mid-grey pixels instead of the image (to measure what a model guesses blindly).
         masks_bad: mask a sample whose image cannot be read (`Pack.bad`), instead of raising.
     """

@@ -81,12 +81,7 @@ class Mixture:
 
 
 def deal(options: DataOptions, index: SampleIndex, rows: Sequence[RowNumbers]) -> tuple[Mixture, RowNumbers]:
-    """Hold out what `validation_split` asks for, and mix the rest.
-
-    Args:
-        options: the data sets and their weights.
-        index: all data.
-        rows: for each data set, the rows of the index that may be used.
+    """Hold out what `validation_split` asks for, and mix the rest of the rows that may be used of each data set.
 
     Returns:
         The mixture to train on, and the rows that are held out (none without `validation_split`).

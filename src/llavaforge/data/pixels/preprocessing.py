@@ -69,10 +69,7 @@ class Preprocessing:
         )
 
     def __call__(self, image: Image.Image) -> Pixels:
-        """Return `uint8` pixels (C, H, W), equal to the processor's before it rescales.
-
-        Args:
-            image: RGB, as `decode` returns it.
+        """Return `uint8` pixels (C, H, W) of an RGB image, equal to the processor's before it rescales.
 
         Raises:
             ImageTooLarge: padded to a square it would exceed `MAX_IMAGE_PIXELS`.

@@ -82,7 +82,6 @@ def parse_record(row: Any, format_: str = "auto") -> Record:
     """
     if not isinstance(row, dict):
         raise RecordError("malformed_row", f"a row is an object with `conversations`, found {type(row).__name__}.")
-    name = id_of(row)
     parse = FORMATS[detect_format(row) if format_ == "auto" else format_]
     images, turns, num_literals = parse(row)
     turns = tuple(Turn(turn.role, turn.text.strip()) for turn in turns)
@@ -90,7 +89,7 @@ def parse_record(row: Any, format_: str = "auto") -> Record:
     _check_order(turns)
     _check_placeholders(turns, images)
     num_literals += sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role != "user")
-    return Record(id=name, images=tuple(images), turns=turns, num_literals=num_literals)
+    return Record(id=id_of(row), images=tuple(images), turns=turns, num_literals=num_literals)
 
 
 def id_of(row: Any) -> str:

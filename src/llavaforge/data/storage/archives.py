@@ -104,11 +104,7 @@ def read_at(file: OpenFile, offset: int, size: int) -> bytes:
 def read_zip_member(file: OpenFile, offset: int, size: int, crc: int) -> bytes:
     """Return the contents of a zip's member, checked against its CRC-32.
 
-    Args:
-        file: the zip.
-        offset: of the member's local header.
-        size: of its (compressed) bytes.
-        crc: as the zip's directory gives it.
+    `offset` is that of the member's local header, `size` that of its (compressed) bytes.
 
     Raises:
         ValueError: not the member that was there, encrypted, or compressed in a way other than deflate.

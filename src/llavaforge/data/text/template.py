@@ -68,11 +68,7 @@ class ChatTemplate:
         return self._mark(turns, contents, literals, ends)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
-        """Return the text that stands before the answer that is to be generated, exactly as in training.
-
-        Args:
-            turns: ends with a user turn.
-        """
+        """Return the text that stands before the answer to turns that end with a user's, exactly as in training."""
         spans = self.spans([*turns, Turn("assistant", "x")])
         answer = max(number for number, span in enumerate(spans) if span.supervised)
         return "".join(span.text for span in spans[:answer])
