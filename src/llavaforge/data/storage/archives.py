@@ -1,7 +1,7 @@
 """Zip and tar files as random access: where each member's bytes are, found once and kept in a small mapped file.
 
-Comes in: an archive. Goes out: `Members`, and the bytes of a member. Nothing is unpacked, and names inside an archive
-never become paths.
+Comes in: an archive. Goes out: a table of its members, and the bytes of one. Nothing is unpacked, and names inside an
+archive never become paths.
 
 A row of the table: hash of the name, offset, size, CRC-32: 32 bytes a member, sorted by the hash.
 """
@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,24 +40,18 @@ class OpenFile:
         self.fileno = self._file.fileno()
 
 
-@dataclass(frozen=True)
-class Members:
-    """Where the members of an archive are."""
-
-    table: npt.NDArray[np.void]
-
-    def find(self, name: str) -> tuple[int, int, int] | None:
-        """Return (offset, size, CRC-32 or -1) of a member, or None when there is none of that name."""
-        key = _hash(name)
-        row = int(np.searchsorted(self.table["hash"], key))
-        if row == len(self.table) or self.table["hash"][row] != key:
-            return None
-        found = self.table[row]
-        return int(found["offset"]), int(found["size"]), int(found["crc"])
+def find(members: npt.NDArray[np.void], name: str) -> tuple[int, int, int] | None:
+    """Return (offset, size, CRC-32 or -1) of a member, or None when there is none of that name."""
+    key = _hash(name)
+    row = int(np.searchsorted(members["hash"], key))
+    if row == len(members) or members["hash"][row] != key:
+        return None
+    found = members[row]
+    return int(found["offset"]), int(found["size"]), int(found["crc"])
 
 
-def members(path: Path, cache_dir: Path) -> Members:
-    """Return the members of an archive, from the cache when it was seen before.
+def members(path: Path, cache_dir: Path) -> npt.NDArray[np.void]:
+    """Return the table of an archive's members, from the cache when it was seen before.
 
     Raises:
         UserError: the file is not a readable zip or tar.
@@ -73,7 +66,8 @@ def members(path: Path, cache_dir: Path) -> Members:
         with os.fdopen(handle, "wb") as file:
             np.save(file, table)
         os.replace(temporary, cached)
-    return Members(np.load(cached, mmap_mode="r" if cached.stat().st_size > 4096 else None))
+    found: npt.NDArray[np.void] = np.load(cached, mmap_mode="r" if cached.stat().st_size > 4096 else None)
+    return found
 
 
 def fingerprint(path: Path) -> str:

@@ -16,6 +16,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from llavaforge.data.faults import RecordError
 from llavaforge.data.storage import archives, columns
 from llavaforge.data.storage.image_ref import ImageRef
@@ -56,7 +59,7 @@ class ImageStore:
             return ref
         name = safe_name(ref.name)
         if self.root.suffix in ARCHIVES:
-            location = self._members.find(name) or self._members.find(f"images/{name}")
+            location = archives.find(self._members, name) or archives.find(self._members, f"images/{name}")
             if location is not None:
                 return ImageRef(ref.name, 0, *location)
         elif self._is_file(name):
@@ -133,7 +136,7 @@ class ImageStore:
         return os.path.realpath(self.root)
 
     @cached_property
-    def _members(self) -> archives.Members:
+    def _members(self) -> npt.NDArray[np.void]:
         return archives.members(self.root, self.cache_dir)
 
 
