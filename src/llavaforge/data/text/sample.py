@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from llavaforge.data.faults import RecordError
-from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record, Turn
+from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record
 from llavaforge.data.text.template import ChatTemplate, TextSpan
 
 IGNORE_INDEX = -100
@@ -108,18 +108,14 @@ class SampleBuilder:
         sample = self._sample(spans, text, encoding, len(record.images))
         while sample.length > self.max_length and sum(turn.role == "assistant" for turn in turns) > 1:
             turns = turns[:-2]
-            sample = self._encode(turns)
+            spans = self.chat.spans(turns)
+            text = _text(spans)
+            encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+            sample = self._sample(spans, text, encoding, num_images)
         if sample.length > self.max_length:
             sample = self._cut(sample)
-        dropped = len(record.turns) - len(turns)
-        return replace(sample, num_turns_dropped=dropped)
-
-    def _encode(self, turns: Sequence[Turn]) -> Sample:
-        spans = self.chat.spans(turns)
-        text = _text(spans)
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-        return self._sample(spans, text, encoding, num_images)
+        return replace(sample, num_turns_dropped=len(record.turns) - len(turns))
 
     def _sample(self, spans: list[TextSpan], text: str, encoding: Any, num_images: int) -> Sample:
         ids: list[int] = encoding.ids
