@@ -27,11 +27,7 @@ def new_projector(
 ) -> dict[str, torch.Tensor]:
     """Draw a projector's initial weights: normal with `std` around zero, biases zero (transformers' own way).
 
-    Args:
-        shapes: by name inside the projector.
-        std: the language model's `initializer_range`.
-        seed: of the generator.
-        dtype: of the result; the values are drawn in float32 and rounded.
+    `std` is the language model's `initializer_range`. The values are drawn in float32 and rounded to `dtype`.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, torch.Tensor] = {}

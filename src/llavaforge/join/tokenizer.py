@@ -23,11 +23,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def prepare_tokenizer(folder: Path, chat_template: Path | None) -> tuple[Any, int]:
-    """Load a tokenizer and add what a LLaVA needs.
-
-    Args:
-        folder: the language model's.
-        chat_template: a Jinja file that replaces the tokenizer's own template.
+    """Load a language model's tokenizer and add what a LLaVA needs; a Jinja file may replace its chat template.
 
     Returns:
         The tokenizer, and the id of `<image>`: the one it has already, else the next free one.

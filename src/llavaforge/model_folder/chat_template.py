@@ -73,9 +73,7 @@ def default_chat_template(tokenizer: Any) -> str:
 def accepting_strings_and_lists(template: str, tokens: Mapping[str, str]) -> str:
     """Return the template behind the preamble that it needs (none when it takes both kinds already).
 
-    Args:
-        template: a Jinja chat template.
-        tokens: what templates may name: `bos_token`, `eos_token`, ...
+    `tokens` are what templates may name: `bos_token`, `eos_token`, ...
     """
     text = "probe\nprobe"
     contents = f"<image>\n{text}", [{"type": "image"}, {"type": "text", "text": text}]

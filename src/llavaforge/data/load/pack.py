@@ -92,13 +92,8 @@ def make_pack(
 ) -> Pack:
     """Lay samples end to end.
 
-    Args:
-        rows: rows of the index.
-        pixels: `uint8` (C, H, W), one per image, in the order of the rows and of the images in each.
-        image_token_id: the placeholder's id.
-        num_image_tokens: how often it is written out per image.
-        source: the micro-batch this is.
-        bad: what of it is masked.
+    `pixels` are `uint8` (C, H, W), one per image, in the order of the rows and of the images in each; `bad` is what of
+    the micro-batch `source` is masked.
 
     Raises:
         ValueError: a sample's placeholders do not match its images (our own invariant: the index checked it).
