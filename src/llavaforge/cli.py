@@ -50,10 +50,7 @@ VERBS: dict[str, Verb] = {
         "DataCheckConfig", "data_check.check:data_check", "find what is wrong with a data set", True, "num_errors"
     ),
     "data preview": Verb(
-        "DataPreviewConfig",
-        "data_preview.preview:data_preview",
-        "show samples as the model sees them",
-        takes_recipe=True,
+        "DataPreviewConfig", "data_preview.preview:data_preview", "show samples as the model sees them", True
     ),
     "data make-shapes": Verb(
         "MakeShapesConfig", "starter.shapes:make_shapes", "write a generated data set of coloured shapes"

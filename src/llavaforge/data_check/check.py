@@ -54,8 +54,9 @@ def data_check(config: DataCheckConfig) -> DataCheckResult:
     found = examine(index, held_out, config.check_images)
     outlook = _outlook(config, loaded, index, held_out)
     errors, warnings = found.by_severity("error"), found.by_severity("warning")
-    _show(found)
-    _summarize(config, index, outlook)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    _show(found, console)
+    _summarize(config, index, outlook, console)
     if config.report is not None:
         _write_report(config, index, held_out, found, outlook)
     if config.quarantine is not None:
@@ -76,9 +77,7 @@ def data_check(config: DataCheckConfig) -> DataCheckResult:
 def _open(config: DataCheckConfig, loaded: LoadedModel | None) -> tuple[SampleIndex, Mask]:
     """Return all data, and for each row whether it is held out."""
     processor, num_image_tokens = (loaded.processor, loaded.num_image_tokens) if loaded is not None else (None, 0)
-    entries = list(config.entries)
-    entries += config.eval_entries
-    index = open_index(entries, processor, num_image_tokens, config)
+    index = open_index([*config.entries, *config.eval_entries], processor, num_image_tokens, config)
     for data_set in index.data_sets:
         refuse([], data_set.num_records, data_set.source.name)
     held_out = np.zeros(len(index), dtype=bool)
@@ -108,9 +107,8 @@ def _outlook(
     return forecast(Plan.of(config, mixture, index, costs, batch, num_steps(len(mixture), batch, 1.0, 0)))
 
 
-def _show(found: Diagnosis) -> None:
+def _show(found: Diagnosis, console: Console) -> None:
     """Print what was found, by kind, with remedies and examples."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     if not found.counts:
         console.print("No faults found.", style="green")
     several = len({finding.source for finding in (*found.errors, *found.warnings)}) > 1
@@ -126,9 +124,8 @@ def _show(found: Diagnosis) -> None:
             console.print(f"    ... and {count - _EXAMPLES_SHOWN:,} more (--report DIR lists them)")
 
 
-def _summarize(config: DataCheckConfig, index: SampleIndex, outlook: Forecast | None) -> None:
+def _summarize(config: DataCheckConfig, index: SampleIndex, outlook: Forecast | None, console: Console) -> None:
     """Print what was looked at, and what was not."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     looked_at = f"{index.num_records:,} records, {int(index.num_images.sum()):,} images"
     if outlook is not None:
         looked_at += f"; an epoch: {outlook.tokens_per_epoch:,} tokens, {outlook.steps_per_epoch:,} steps"
@@ -206,8 +203,7 @@ def _charts(config: DataCheckConfig, index: SampleIndex, found: Diagnosis) -> li
 
 def _write_quarantine(path: Path, errors: list[Finding]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"source": finding.source, "contents": finding.contents, **asdict(finding.fault)})
-        for finding in errors
-    ]
-    path.write_text("".join(line + "\n" for line in lines))
+    with path.open("w") as file:
+        for finding in errors:
+            told = {"source": finding.source, "contents": finding.contents, **asdict(finding.fault)}
+            file.write(json.dumps(told) + "\n")

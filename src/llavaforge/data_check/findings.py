@@ -8,8 +8,9 @@ decodes it, and records are compared: duplicates, images with several captions, 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -40,13 +41,9 @@ class Finding(NamedTuple):
 
 @dataclass
 class Diagnosis:
-    """What was found.
+    """What was found: all errors, which training would stop at, and the first warnings of each kind.
 
-    Attributes:
-        counts: findings of each kind.
-        errors: all findings that training would stop at.
-        warnings: the first ones of each kind.
-        image_sizes: (num_images, 2) widths and heights of the different images; zeros where one cannot be read.
+    `image_sizes` (num_images, 2) holds widths and heights of the different images; zeros where one cannot be read.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -70,14 +67,13 @@ class Diagnosis:
         }
 
 
-def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool, quiet: bool = False) -> Diagnosis:
+def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool) -> Diagnosis:
     """Examine data.
 
     Args:
         index: all of it, training and held-out.
         held_out: for each row, whether it is held out.
         decodes: decode every image.
-        quiet: show no progress.
     """
     found = Diagnosis()
     for data_set in index.data_sets:
@@ -85,11 +81,10 @@ def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool, 
             found.add(Finding(data_set.source.name, data_set.contents, fault))
     starts, keys = image_keys(index)
     row_of_image = np.repeat(np.arange(len(index)), np.diff(starts))
-    identities = keys
-    if decodes:
-        identities = _decode_all(index, starts, keys, row_of_image, found, quiet)
+    places = np.stack([row_of_image, np.arange(len(keys)) - starts[row_of_image]], axis=1)
+    identities = _decode_all(index, keys, places, found) if decodes else keys
     _compare_texts(index, found)
-    _compare_records(index, held_out, starts, row_of_image, identities, found)
+    _compare_records(index, held_out, places, identities, found)
     return found
 
 
@@ -102,72 +97,53 @@ class _Seen(NamedTuple):
     fault: tuple[str, str] | None
 
 
-class _Decoder:
-    """Reads and decodes images; sent to each worker process once."""
-
-    def __init__(self, stores: Sequence[ImageStore]) -> None:
-        self._stores = stores
-
-    def __call__(self, images: list[tuple[int, ImageRef]]) -> list[_Seen]:
-        return [self._see(self._stores[data_set], ref) for data_set, ref in images]
-
-    def _see(self, store: ImageStore, ref: ImageRef) -> _Seen:
+def _see(stores: Sequence[ImageStore], images: list[tuple[int, ImageRef]]) -> list[_Seen]:
+    """Read and decode images, each in the store of its data set."""
+    found = []
+    for data_set, ref in images:
         digest = 0
         try:
-            data = store.read(ref)
+            data = stores[data_set].read(ref)
             digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-            image = decode(data, store.name(ref))
+            image = decode(data, stores[data_set].name(ref))
+            found.append(_Seen(digest, image.width, image.height, None))
         except (RecordError, ImageError) as error:
-            return _Seen(digest, 0, 0, (error.kind, str(error)))
-        return _Seen(digest, image.width, image.height, None)
+            found.append(_Seen(digest, 0, 0, (error.kind, str(error))))
+    return found
 
 
-def _decode_all(
-    index: SampleIndex, starts: Numbers, keys: Numbers, row_of_image: Numbers, found: Diagnosis, quiet: bool
-) -> Numbers:
+def _decode_all(index: SampleIndex, keys: Numbers, places: Numbers, found: Diagnosis) -> Numbers:
     """Decode every different image once; return for each image of the index the digest of its contents."""
     _, first = np.unique(keys, return_index=True)
     first.sort()  # in the order of the files, which disks and row groups like
-    decoder = _Decoder([data_set.source.images for data_set in index.data_sets])
-    digests = np.zeros(len(first), dtype=np.int64)
-    sizes = np.zeros((len(first), 2), dtype=np.int64)
+    # What cannot be read has no contents to compare: it is like nothing but itself.
+    digest_of_key = np.arange(keys.max(initial=-1) + 1)
+    found.image_sizes = np.zeros((len(first), 2), dtype=np.int64)
     faults: dict[int, tuple[str, str]] = {}
-    done = 0
-    with Bar("decoding images", quiet) as bar:
-        for seen in _results(decoder, index, starts, row_of_image, first):
-            # What cannot be read has no contents to compare: it is like nothing but itself.
-            digests[done] = seen.digest or keys[first[done]]
-            sizes[done] = seen.width, seen.height
+    with Bar("decoding images") as bar:
+        for number, seen in enumerate(_seen_in_order(index, places[first])):
+            key = int(keys[first[number]])
+            digest_of_key[key] = seen.digest or key
+            found.image_sizes[number] = seen.width, seen.height
             if seen.fault is not None:
-                faults[int(keys[first[done]])] = seen.fault
-            done += 1
-            share = done / len(first)
-            bar.update(share, f"decoding: {done} images, {100 * share:.0f} %, ")
-    found.image_sizes = sizes
-    if faults:
-        for at in np.flatnonzero(np.isin(keys, list(faults))):
-            row = index.row(int(row_of_image[at]))
-            kind, message = faults[int(keys[at])]
-            name = row.images[at - starts[row_of_image[at]]].name
-            found.add(_finding(index, int(row_of_image[at]), kind, message, name))
-    digest_of_key = np.zeros(int(keys.max()) + 1 if len(keys) else 0, dtype=np.int64)
-    digest_of_key[keys[first]] = digests
+                faults[key] = seen.fault
+            share = (number + 1) / len(first)
+            bar.update(share, f"decoding: {number + 1} images, {100 * share:.0f} %, ")
+    for at in np.flatnonzero(np.isin(keys, list(faults))).tolist():
+        row, place = places[at].tolist()
+        found.add(_finding(index, row, *faults[int(keys[at])], index.row(row).images[place].name))
     return digest_of_key[keys]
 
 
-def _results(
-    decoder: _Decoder, index: SampleIndex, starts: Numbers, row_of_image: Numbers, first: Numbers
-) -> Iterator[_Seen]:
-    def tasks() -> Iterator[list[tuple[int, ImageRef]]]:
-        for start in range(0, len(first), _IMAGES_PER_TASK):
-            task = []
-            for at in first[start : start + _IMAGES_PER_TASK].tolist():
-                row = index.row(int(row_of_image[at]))
-                task.append((row.data_set, row.images[at - int(starts[row_of_image[at]])]))
-            yield task
+def _seen_in_order(index: SampleIndex, places: Numbers) -> Iterator[_Seen]:
+    def image(row: int, place: int) -> tuple[int, ImageRef]:
+        found = index.row(row)
+        return found.data_set, found.images[place]
 
-    for _, results in workers.each(decoder, tasks()):
-        yield from results
+    parts = (places[start : start + _IMAGES_PER_TASK].tolist() for start in range(0, len(places), _IMAGES_PER_TASK))
+    tasks = ([image(*place) for place in part] for part in parts)
+    for _, seen in workers.each(partial(_see, [one.source.images for one in index.data_sets]), tasks):
+        yield from seen
 
 
 def _compare_texts(index: SampleIndex, found: Diagnosis) -> None:
@@ -184,8 +160,7 @@ def _compare_texts(index: SampleIndex, found: Diagnosis) -> None:
 def _compare_records(
     index: SampleIndex,
     held_out: npt.NDArray[np.bool_],
-    starts: Numbers,
-    row_of_image: Numbers,
+    places: Numbers,
     identities: Numbers,
     found: Diagnosis,
 ) -> None:
@@ -198,8 +173,7 @@ def _compare_records(
         if held_out[number] == held_out[original]:
             found.add(_finding(index, number, "duplicate", f"the same as {index.row(original).where}."))
     leaks: dict[int, str] = {}
-    numbers = np.arange(len(index))
-    for what, keys, rows in (("the record", group, numbers), ("its image", identities, row_of_image)):
+    for what, keys, rows in (("the record", group, np.arange(len(index))), ("its image", identities, places[:, 0])):
         is_held_out = held_out[rows]
         held_keys, held_at = np.unique(keys[is_held_out], return_index=True)
         for at in np.flatnonzero(~is_held_out & np.isin(keys, held_keys)).tolist():
@@ -208,23 +182,21 @@ def _compare_records(
             leaks.setdefault(int(rows[at]), message)
     for number, message in sorted(leaks.items()):
         found.add(_finding(index, number, "leak", message))
-    for number, at, others in _repeated_images(group, starts, row_of_image, identities):
-        image = index.row(number).images[at].name
-        message = f"image {image[:100]!r} is also in {others - 1} other record(s) with another text."
+    for number, place, texts in _repeated_images(group, places, identities):
+        image = index.row(number).images[place].name
+        message = f"image {image[:100]!r} is also in {texts - 1} other record(s) with another text."
         found.add(_finding(index, number, "repeated_image", message, image))
 
 
-def _repeated_images(
-    group: Numbers, starts: Numbers, row_of_image: Numbers, identities: Numbers
-) -> Iterable[tuple[int, int, int]]:
+def _repeated_images(group: Numbers, places: Numbers, identities: Numbers) -> Iterator[tuple[int, int, int]]:
     """Yield for each image that comes with several texts its first record, its place in there, and their number."""
-    pairs = np.unique(np.stack([identities, group[row_of_image]], axis=1), axis=0)
-    images, counts = np.unique(pairs[:, 0], return_counts=True)
-    several = dict(zip(images[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True))
-    _, first = np.unique(identities, return_index=True)
-    for at in np.sort(first[np.isin(identities[first], list(several))]).tolist():
-        row = int(row_of_image[at])
-        yield row, at - int(starts[row]), several[int(identities[at])]
+    pairs = np.unique(np.stack([identities, group[places[:, 0]]], axis=1), axis=0)
+    _, num_texts = np.unique(pairs[:, 0], return_counts=True)
+    _, first = np.unique(identities, return_index=True)  # of the same images, in the same order
+    several = np.flatnonzero(num_texts > 1)
+    for number in several[np.argsort(first[several])]:
+        row, place = places[first[number]].tolist()
+        yield row, place, int(num_texts[number])
 
 
 def _finding(index: SampleIndex, number: int, kind: str, message: str, path: str = "") -> Finding:

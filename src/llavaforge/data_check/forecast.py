@@ -14,27 +14,16 @@ _NUM_STEPS = 100  # looked at, evenly over an epoch
 
 @dataclass(frozen=True)
 class Forecast:
-    """Numbers of one epoch on one process.
-
-    Attributes:
-        samples_per_epoch: of the mixture.
-        tokens_per_epoch: with image tokens, without any padding.
-        steps_per_epoch: optimizer steps.
-        global_batch_size: samples per step.
-        micro_batches_per_step: mean.
-        tokens_per_micro_batch: mean.
-        most_tokens_per_micro_batch: largest seen.
-        padding_avoided: share of a micro-batch that would be padding if all samples had the length of its longest.
-    """
+    """Numbers of one epoch on one process."""
 
     samples_per_epoch: int
-    tokens_per_epoch: int
-    steps_per_epoch: int
+    tokens_per_epoch: int  # with image tokens, without any padding
+    steps_per_epoch: int  # optimizer steps
     global_batch_size: int
-    micro_batches_per_step: float
-    tokens_per_micro_batch: float
-    most_tokens_per_micro_batch: int
-    padding_avoided: float
+    micro_batches_per_step: float  # mean
+    tokens_per_micro_batch: float  # mean
+    most_tokens_per_micro_batch: int  # largest seen
+    padding_avoided: float  # share that would be padding if all samples of a micro-batch were as long as its longest
 
 
 def forecast(plan: Plan) -> Forecast:

@@ -5,9 +5,9 @@ Comes in: micro-batches of a plan, and the index. Goes out: a `Preview`.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +24,11 @@ from llavaforge.report.page import count
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as the model sees it, or why it cannot be seen.
-
-    Attributes:
-        name: of the file.
-        url: a PNG as a data URL; None when the image is faulty.
-        caption: its size now and before; or what is wrong with it.
-    """
+    """An image as the model sees it, or why it cannot be seen."""
 
     name: str
-    url: str | None
-    caption: str
+    url: str | None  # a PNG as a data URL; None when the image is faulty
+    caption: str  # its size now and before, or what is wrong with it
 
 
 class StepPosition(NamedTuple):
@@ -46,40 +40,24 @@ class StepPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """One sample.
+    """One sample."""
 
-    Attributes:
-        number: of the card, from 1.
-        position: the micro-batch that it is part of.
-        id: the record's own id, or an empty text.
-        where: its file and row.
-        data_set: what the user calls its data set.
-        length: tokens, image tokens included.
-        num_supervised: supervised tokens.
-        pictures: its images.
-        groups: its tokens.
-        shortened: what was left out to fit `max_length`, or an empty text.
-    """
-
-    number: int
+    number: int  # from 1
     position: StepPosition
-    id: str
-    where: str
-    data_set: str
-    length: int
+    id: str  # the record's own id, or an empty text
+    where: str  # its file and row
+    data_set: str  # what the user calls it
+    length: int  # tokens, image tokens included
     num_supervised: int
     pictures: list[Picture]
     groups: list[TokenGroup]
-    shortened: str
+    shortened: str  # what was left out to fit `max_length`, or an empty text
 
 
 class Segment(NamedTuple):
-    """A sample's part of a bar; the three kinds of tokens add up to its length.
+    """A sample's part of a bar; the three kinds of tokens add up to its length."""
 
-    `card` is the number of its card, or None when it has none.
-    """
-
-    card: int | None
+    card: int | None  # the number of its card, if it has one
     image: int
     prompt: int
     supervised: int
@@ -114,105 +92,63 @@ class Bar:
 
 @dataclass(frozen=True)
 class Preview:
-    """All that is shown.
+    """All that is shown."""
 
-    Attributes:
-        facts: about the data, the model and the options, by name.
-        data_sets: name, records, samples per epoch and supervised tokens in them, per data set.
-        faults: of the records that cannot be trained on.
-        cards: the first samples.
-        bars: the micro-batches of the steps that these samples are part of.
-        num_more_bars: how many of them are left out, having no card.
-        most_tokens: tokens that a bar of full width stands for.
-    """
-
-    facts: dict[str, str]
-    data_sets: list[tuple[str, int, int, int]]
-    faults: list[Fault]
-    cards: list[Card]
-    bars: list[Bar]
-    num_more_bars: int
-    most_tokens: int
+    facts: dict[str, str]  # about the data, the model and the options, by name
+    data_sets: list[tuple[str, int, int, int]]  # name, records, samples per epoch, supervised tokens in them
+    faults: list[Fault]  # of the records that cannot be trained on
+    cards: list[Card]  # the first samples
+    bars: list[Bar]  # the micro-batches of the steps that these samples are part of
+    num_more_bars: int  # how many of them are left out, having no card
+    most_tokens: int  # tokens that a bar of full width stands for
 
 
-class CardMaker:
-    """Reads samples of an index as cards.
-
-    Args:
-        dataset: reads pixels the way that training does.
-        tokenizer: the model's.
-    """
-
-    def __init__(self, dataset: PackDataset, tokenizer: Any) -> None:
-        self._dataset = dataset
-        self._reader = Reader(tokenizer, dataset.image_token_id, dataset.num_image_tokens)
-
-    def __call__(self, number: int, sample: int, position: StepPosition) -> Card:
-        """Return the card of one sample.
-
-        Args:
-            number: of the card, from 1.
-            sample: number of the sample in the index.
-            position: its micro-batch.
-        """
-        index = self._dataset.index
-        row = index.row(sample)
-        return Card(
-            number=number,
-            position=position,
-            id=row.id,
-            where=row._replace(id="").where,
-            data_set=index.data_sets[row.data_set].source.name,
-            length=row.length,
-            num_supervised=int(index.num_supervised[sample]),
-            pictures=[self._picture(row, image) for image in range(len(row.images))],
-            groups=self._reader.groups(row.ids.tolist(), row.supervised_spans.tolist()),
-            shortened=_shortened(index, sample),
-        )
-
-    def _picture(self, row: Row, number: int) -> Picture:
-        image = row.images[number]
-        name = image.name if not image.name.startswith("data:") else "inline image"
-        try:
-            (pixels_CHW,) = self._dataset.pixels(row._replace(images=(image,)))
-        except BadImage as error:
-            return Picture(name, None, error.fault.message)
-        facts = inspect(*self._dataset.index.read_image(row, number))
-        height, width = pixels_CHW.shape[1:]
-        caption = f"{width} x {height} pixels, from {facts.width:,} x {facts.height:,} ({facts.format})"
-        return Picture(name, _png_url(pixels_CHW), caption)
+def make_card(dataset: PackDataset, reader: Reader, number: int, sample: int, position: StepPosition) -> Card:
+    """Return the card of a sample, by its number in the index; pixels are read the way that training does."""
+    index = dataset.index
+    row = index.row(sample)
+    return Card(
+        number=number,
+        position=position,
+        id=row.id,
+        where=row._replace(id="").where,
+        data_set=index.data_sets[row.data_set].source.name,
+        length=row.length,
+        num_supervised=int(index.num_supervised[sample]),
+        pictures=[_picture(dataset, row, image) for image in range(len(row.images))],
+        groups=reader.groups(row.ids.tolist(), row.supervised_spans.tolist()),
+        shortened=_shortened(index, sample),
+    )
 
 
-def bars_of(
-    micro_batches: Sequence[MicroBatch], index: SampleIndex, num_image_tokens: int, cards: Mapping[int, int]
-) -> list[Bar]:
-    """Return micro-batches as bars.
-
-    Args:
-        micro_batches: successive, the first one begins a step.
-        index: their samples.
-        num_image_tokens: tokens per image.
-        cards: from samples to the numbers of their cards; others have none.
-    """
-
-    def segment(sample: int) -> Segment:
+def make_bar(
+    micro_batch: MicroBatch,
+    position: StepPosition,
+    index: SampleIndex,
+    num_image_tokens: int,
+    cards: Mapping[int, int],
+) -> Bar:
+    """Return a micro-batch as a bar; `cards` leads from samples to the numbers of their cards."""
+    segments = []
+    for sample in micro_batch.samples:
         image = int(index.num_images[sample]) * num_image_tokens
         supervised = int(index.num_supervised[sample])
-        return Segment(cards.get(sample), image, int(index.lengths[sample]) - image - supervised, supervised)
-
-    return [
-        Bar(position, [segment(sample) for sample in micro_batch.samples])
-        for micro_batch, position in zip(micro_batches, positions_of(micro_batches), strict=True)
-    ]
+        prompt = int(index.lengths[sample]) - image - supervised
+        segments.append(Segment(cards.get(sample), image, prompt, supervised))
+    return Bar(position, segments)
 
 
-def positions_of(micro_batches: Sequence[MicroBatch]) -> list[StepPosition]:
-    """Return where in the run each of some successive micro-batches is; the first one begins a step."""
-    found: list[StepPosition] = []
-    for micro_batch in micro_batches:
-        step = micro_batch.step + 1
-        found.append(StepPosition(step, found[-1].micro_batch + 1 if found and found[-1].step == step else 1))
-    return found
+def _picture(dataset: PackDataset, row: Row, number: int) -> Picture:
+    image = row.images[number]
+    name = image.name if not image.name.startswith("data:") else "inline image"
+    try:
+        (pixels_CHW,) = dataset.pixels(row._replace(images=(image,)))
+    except BadImage as error:
+        return Picture(name, None, error.fault.message)
+    facts = inspect(*dataset.index.read_image(row, number))
+    height, width = pixels_CHW.shape[1:]
+    caption = f"{width} x {height} pixels, from {facts.width:,} x {facts.height:,} ({facts.format})"
+    return Picture(name, _png_url(pixels_CHW), caption)
 
 
 def _shortened(index: SampleIndex, sample: int) -> str:

@@ -62,7 +62,11 @@ def _cards(preview: Preview, is_terminal: bool, more_in: str | None) -> Iterator
 
 def _packing(preview: Preview, width: int) -> Iterator[Text]:
     yield Text()
-    yield _legend()
+    names = ((_IMAGE, "image"), (_PROMPT, "prompt"), (_LEARNT, "supervised"), (_BORDER, "next sample"))
+    legend = Text().append("Packing (step.micro-batch): ", "bold")
+    for sign, name in names:
+        legend.append(sign, _STYLES.get(sign, "")).append(f" {name}  ")
+    yield legend
     for bar in preview.bars[:_MOST_BARS]:
         yield _bar(bar, preview.most_tokens, max(20, width - _NUMBERS_WIDTH))
     if (num_more := len(preview.bars) + preview.num_more_bars - _MOST_BARS) > 0:
@@ -83,13 +87,10 @@ def _card(card: Card, is_terminal: bool) -> Iterator[Text]:
         if group.is_supervised != was_supervised and not is_terminal:
             text.append("[[" if group.is_supervised else "]]")
         was_supervised = group.is_supervised
-        text.append(_words(group), _style(group))
+        num_tokens = group.num_image_tokens
+        text.append(f"{group.text} x {num_tokens}" if num_tokens else visible(group.text), _style(group))
     text.rstrip()
     yield text
-
-
-def _words(group: TokenGroup) -> str:
-    return f"{group.text} x {group.num_image_tokens}" if group.num_image_tokens else visible(group.text)
 
 
 def _style(group: TokenGroup) -> str:
@@ -100,14 +101,6 @@ def _style(group: TokenGroup) -> str:
 
 def _counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'' if number == 1 else 's'}"
-
-
-def _legend() -> Text:
-    names = ((_IMAGE, "image"), (_PROMPT, "prompt"), (_LEARNT, "supervised"), (_BORDER, "next sample"))
-    words = [("Packing (step.micro-batch): ", "bold")]
-    for sign, name in names:
-        words += [(sign, _STYLES.get(sign, "")), (f" {name}  ", "")]
-    return Text.assemble(*words)
 
 
 def _bar(bar: Bar, most_tokens: int, width: int) -> Text:

@@ -19,21 +19,13 @@ _MOST_TOKENS_PER_GROUP = 8
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """One or a few tokens that are text together.
-
-    Attributes:
-        text: what they say.
-        ids: the tokens.
-        is_supervised: whether the loss sees them.
-        is_special: a special token, such as `<|im_end|>`.
-        num_image_tokens: for a placeholder, the tokens that it stands for; else 0.
-    """
+    """One or a few tokens that are text together."""
 
     text: str
     ids: tuple[int, ...]
     is_supervised: bool = False
-    is_special: bool = False
-    num_image_tokens: int = 0
+    is_special: bool = False  # such as `<|im_end|>`
+    num_image_tokens: int = 0  # for a placeholder, the tokens that it stands for
 
 
 class Reader:
@@ -61,7 +53,7 @@ class Reader:
         borders = [0, *supervised_spans, len(ids)]
         for number, (start, end) in enumerate(pairwise(borders)):
             before = found[-1].ids if found else ()
-            found += self._run([int(i) for i in ids[start:end]], is_supervised=number % 2 == 1, before=before)
+            found += self._run(ids[start:end], is_supervised=number % 2 == 1, before=before)
         return found
 
     def _run(self, ids: Sequence[int], is_supervised: bool, before: tuple[int, ...]) -> Iterator[TokenGroup]:
@@ -73,8 +65,7 @@ class Reader:
             breaks_off = following is None or following in self._special or token in self._special
             if text.endswith(_INCOMPLETE) and not breaks_off and len(group) < _MOST_TOKENS_PER_GROUP:
                 continue
-            is_image = token == self._image_token_id
-            num_image_tokens = self._num_image_tokens if is_image else 0
+            num_image_tokens = self._num_image_tokens if token == self._image_token_id else 0
             yield TokenGroup(text, group, is_supervised, token in self._special, num_image_tokens)
             before, group = group, ()
 

@@ -1,6 +1,7 @@
 """Texts of other people's data made visible: what cannot be seen, or would command a terminal, becomes a sign."""
 
 import unicodedata
+from itertools import groupby
 from typing import NamedTuple
 
 # Joiners shape letters and emoji; without them a text is another one.
@@ -20,15 +21,13 @@ class Glyphs(NamedTuple):
 
 def glyphs(text: str) -> list[Glyphs]:
     """Split a text at the characters that cannot be seen."""
-    found, begin = [], 0
-    for position, character in enumerate(text):
-        if (sign := _sign(character)) is None:
-            continue
-        if begin < position:
-            found.append(Glyphs("", text[begin:position]))
-        found.append(Glyphs(sign, character if character in "\n\t" else ""))
-        begin = position + 1
-    return [*found, Glyphs("", text[begin:])] if begin < len(text) else found
+    found = []
+    for sign, run in groupby(text, _sign):
+        if sign is None:
+            found.append(Glyphs("", "".join(run)))
+        else:
+            found += [Glyphs(sign, character if character in "\n\t" else "") for character in run]
+    return found
 
 
 def visible(text: str) -> str:

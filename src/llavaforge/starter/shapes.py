@@ -37,7 +37,6 @@ from llavaforge.results import MakeShapesResult, ShapesSplit
 
 Split = Literal["train", "heldout"]
 Rgb = tuple[int, int, int]
-QuestionAnswer = tuple[str, str]
 
 IMAGE_SIZE = 96
 SUPERSAMPLING = 3
@@ -146,11 +145,8 @@ def sample_scene(rng: random.Random, split: Split, num_objects: int | None = Non
 
     Args:
         rng: the source of randomness.
-        split: `train` or `heldout`; scenes of the other split are drawn again.
+        split: scenes of the other split are drawn again.
         num_objects: at most one per cell; None draws one or two (`NUM_OBJECTS_WEIGHTS`).
-
-    Returns:
-        A scene whose `split` is the one asked for.
     """
     while True:
         scene = _sample_any_scene(rng, num_objects)
@@ -180,14 +176,7 @@ def _sample_object(rng: random.Random, position: str, colour: str, shape: str) -
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw a scene.
-
-    Args:
-        scene: what to draw.
-
-    Returns:
-        An RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels, with smooth edges.
-    """
+    """Draw a scene: an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels, with smooth edges."""
     size = IMAGE_SIZE * SUPERSAMPLING
     image = Image.new("RGB", (size, size), scene.background)
     draw = ImageDraw.Draw(image)
@@ -202,11 +191,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def caption(scene: Scene, opening: str = CAPTION_OPENINGS[0]) -> str:
-    """Say every object's colour, shape and position, in reading order.
-
-    Args:
-        scene: what to describe.
-        opening: the words before the first object, one of `CAPTION_OPENINGS`.
+    """Say every object's colour, shape and position, in reading order, after one of `CAPTION_OPENINGS`.
 
     Returns:
         One sentence, such as `There is a red circle at the top left and a blue star at the bottom left.`
@@ -221,13 +206,8 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def questions(scene: Scene, rng: random.Random, num_questions: int = QUESTIONS_PER_IMAGE) -> list[QuestionAnswer]:
-    """Draw different questions about a scene, each with an answer of one word.
-
-    Args:
-        scene: what is asked about.
-        rng: the source of randomness.
-        num_questions: how many at most; a scene allows two.
+def questions(scene: Scene, rng: random.Random, num_questions: int = QUESTIONS_PER_IMAGE) -> list[tuple[str, str]]:
+    """Draw different questions about a scene (it allows two), each with an answer of one word.
 
     Returns:
         Pairs of question and answer: the colour of each shape, and where there is one object alone its shape.
@@ -265,10 +245,7 @@ def write_shapes(output_dir: Path, num_samples: int, seed: int = 0) -> MakeShape
             f"{output_dir} exists and is not an empty folder; a data set needs a new or an empty one. "
             "Choose another --output_dir, or remove this one."
         )
-    sizes: dict[Split, int] = {
-        "train": num_samples,
-        "heldout": max(num_samples // 10, MIN_HELDOUT_IMAGES),
-    }
+    sizes: dict[Split, int] = {"train": num_samples, "heldout": max(num_samples // 10, MIN_HELDOUT_IMAGES)}
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished_dir = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
     try:
