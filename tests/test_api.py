@@ -19,7 +19,7 @@ from llavaforge.cli import VERBS
 from llavaforge.config import schema
 
 SRC = Path(llavaforge.__file__).parent.parent
-README = Path(__file__).parent.parent / "README.md"
+USING = Path(__file__).parent.parent / "docs" / "using.md"
 FUNCTIONS: dict[str, Callable[..., Any]] = {verb: getattr(llavaforge, write_api.name_of(verb)) for verb in VERBS}
 
 
@@ -254,7 +254,7 @@ def mypy(script: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_type_checker_sees_the_functions_and_passes_the_readmes_example(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    (readme,) = re.findall(r"```python\n(import llavaforge\n.*?)```", README.read_text(), flags=re.S)
+    (readme,) = re.findall(r"```python\n(import llavaforge\n.*?)```", USING.read_text(), flags=re.S)
     for good in (GOOD, readme):
         script.write_text(good)
         checked = mypy(script)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RECIPE_ONLY = {"stages", "data", "eval_data"}  # lists of mappings
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "true|false"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ VERBS: dict[str, Verb] = {
         "MakeShapesConfig", "starter.shapes:make_shapes", "write a generated data set of coloured shapes"
     ),
     "train": Verb(
-        "TrainConfig", "training.run:train", "full | freeze_vision | use_lora | projector", takes_recipe=True
+        "TrainConfig",
+        "training.run:train",
+        "train the projector, a LoRA, the language model or all",
+        takes_recipe=True,
     ),
     "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss and exact match"),
     "chat": Verb("ChatConfig", "inference.chat:chat", "ask a model about an image"),
@@ -192,17 +196,20 @@ def _overview(prefix: str = "") -> str:
 
 def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"llavaforge {name}", description=options.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        prog=f"llavaforge {name}",
+        usage=f"llavaforge {name} {'[RECIPE] ' if verb.takes_recipe else ''}[--option VALUE ...]",
+        description=options.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     if verb.takes_recipe:
-        parser.add_argument("recipe", nargs="?", help="a YAML recipe; flags override its keys")
+        lists = " and ".join(f"`{field}`" for field in sorted(_RECIPE_ONLY & options.model_fields.keys()))
+        parser.add_argument("recipe", nargs="?", help=f"a YAML recipe; flags override its keys, but for {lists}")
     for field, info in options.model_fields.items():
         if field in _RECIPE_ONLY:
             continue
-        default = "" if info.is_required() else f" (default: {info.get_default()})"
-        choices = [str(value) for value in typing.get_args(info.annotation) if isinstance(value, str)]
-        allowed = f" One of: {', '.join(choices)}." if typing.get_origin(info.annotation) is Literal else ""
-        text = f"{info.description or ''}{allowed}{default}".replace("%", "%%")
+        default = "" if info.is_required() or info.get_default() is None else f" (default: {info.get_default()})"
+        text = f"{info.description or ''}{default}".replace("%", "%%")
         if field == "recipe":  # read, not merged with the flags
             parser.add_argument(field, help=text)
         elif info.annotation is bool:
@@ -210,8 +217,18 @@ def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.Argument
         elif str(info.annotation).startswith("list"):
             parser.add_argument(f"--{field}", nargs="+", metavar="NAME", help=text)
         else:
-            parser.add_argument(f"--{field}", metavar=field.upper().split("_")[-1], help=text)
+            parser.add_argument(f"--{field}", metavar=_metavar(info.annotation), help=text)
     return parser
+
+
+def _metavar(annotation: Any) -> str:
+    """Return what a flag takes, for its help: `N`, `PATH`, `stop|skip`, `true|false|auto`."""
+    annotation = getattr(annotation, "__origin__", annotation) if hasattr(annotation, "__metadata__") else annotation
+    if annotation in _METAVARS:
+        return _METAVARS[annotation]
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    return "|".join(_metavar(one) for one in reversed(typing.get_args(annotation)) if one is not type(None))
 
 
 def _underscored(argument: str) -> str:

@@ -140,7 +140,7 @@ def test_remote_code_is_refused(file: str, clip: Path, lm: Path, tmp_path: Path)
 
 
 def test_parts_that_are_no_parts_are_refused(clip: Path, lm: Path, tmp_path: Path):
-    assert_refused(lm, lm, tmp_path / "out", "is a `qwen2`. A vision tower is one of clip_vision_model, siglip_vision")
+    assert_refused(lm, lm, tmp_path / "out", "is a `qwen2`. A vision tower is one of")
     assert_refused(clip, clip, tmp_path / "out", "is a `clip`, not a causal language model")
     assert_refused(tmp_path / "none/at/all", lm, tmp_path / "out", "no such folder")
     (lm / "config.json").unlink()

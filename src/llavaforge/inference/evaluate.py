@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     )
     generates = _has_short_answers(records) if config.exact_match == "auto" else config.exact_match
     if not generates:
-        logger.info("exact_match is not measured: answers are long, or --exact_match false")
+        logger.info("no metric of answers is measured: they are long, or --exact_match false")
     answerer = Answerer(loaded, config, config.max_new_tokens) if generates else None
     lines = list(_lines(config, step_module, dataset, records, answerer))
     means = {name: sum(line[name] for line in lines) / len(lines) if generates else None for name in METRICS}

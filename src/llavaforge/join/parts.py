@@ -83,7 +83,7 @@ def join_configs(vision_config: Any, text_config: Any, image_token_id: int, **op
         image_token_id: of `<image>`.
         options: further fields of `LlavaConfig`.
     """
-    has_class_token = TOWERS[vision_config.model_type].num_class_tokens > 0
+    has_class_token = TOWERS[vision_config.model_type].has_class_token
     text_config = copy.deepcopy(text_config)
     text_config.vocab_size = num_embeddings(text_config.vocab_size, image_token_id)
     return LlavaConfig(
@@ -153,7 +153,7 @@ def _processor(config: CustomizeModelConfig, tower: Part, tokenizer: Any, joined
         tokenizer=tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=joined_config.vision_feature_select_strategy,
-        num_additional_image_tokens=TOWERS[tower.config.model_type].num_class_tokens,
+        num_additional_image_tokens=int(TOWERS[tower.config.model_type].has_class_token),
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )

@@ -116,7 +116,7 @@ def _complete(processor: LlavaProcessor, folder: Path) -> None:
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         family = TOWERS.get(config.vision_config.model_type)
-        processor.num_additional_image_tokens = family.num_class_tokens if family else 0
+        processor.num_additional_image_tokens = int(family.has_class_token) if family else 0
 
 
 def _take_jinja(processor: LlavaProcessor, folder: Path) -> None:

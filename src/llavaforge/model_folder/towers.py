@@ -1,7 +1,6 @@
 """The families of vision towers: one row each, with all that differs between them outside of their forward pass.
 
-A new family is a row here, and a look at `model/tower.py` (names of its modules) and `model_folder/names.py` (names of
-its tensors in files).
+CONTRIBUTING.md says what else a new family needs.
 """
 
 from collections.abc import Callable
@@ -19,12 +18,12 @@ class TowerFamily:
 
     Attributes:
         whole: `model_type` of the image-text model whose `vision_config` describes such a tower.
-        num_class_tokens: tokens before the patches in its output, which the projector does not get.
+        has_class_token: a token stands before the patches in its output; transformers' Llava drops that one.
         image_processor: from an edge in pixels to the image processor that the family was pre-trained with.
     """
 
     whole: str
-    num_class_tokens: int
+    has_class_token: bool
     image_processor: Callable[[int], Any]
 
 
@@ -44,7 +43,7 @@ def _siglip_processor(edge: int) -> Any:
 
 
 TOWERS: dict[str, TowerFamily] = {
-    "clip_vision_model": TowerFamily("clip", num_class_tokens=1, image_processor=_clip_processor),
-    "siglip_vision_model": TowerFamily("siglip", num_class_tokens=0, image_processor=_siglip_processor),
+    "clip_vision_model": TowerFamily("clip", has_class_token=True, image_processor=_clip_processor),
+    "siglip_vision_model": TowerFamily("siglip", has_class_token=False, image_processor=_siglip_processor),
 }
 """By the `model_type` of the vision config."""
