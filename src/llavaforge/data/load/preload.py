@@ -8,6 +8,11 @@ import gc
 
 import pyarrow as pa
 
+from llavaforge.data.index import prepare
+from llavaforge.data.load import loader
+
+PRELOADED = (loader, prepare)  # named, so that no tool takes their imports for unused
+
 pa.array([0]).to_numpy()  # pyarrow imports pandas, where it is installed, at its first conversion: 50 MB a worker
 gc.collect()
 gc.freeze()
