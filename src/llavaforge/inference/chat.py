@@ -14,7 +14,7 @@ from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.inference.generate import Answerer, Question
 from llavaforge.model.attention import use_packed_attention
-from llavaforge.model.load import LoadedModel, compute_dtype
+from llavaforge.model.load import compute_dtype
 
 
 def chat(config: ChatConfig) -> None:
@@ -28,7 +28,11 @@ def chat(config: ChatConfig) -> None:
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     use_packed_attention(loaded.model)
     torch.manual_seed(config.seed)
-    pixels = _pixels(loaded, config)
+    pixels: list[Pixels] = []
+    if config.image is not None:
+        if not config.image.is_file():
+            raise UserError(f"{config.image}: no such image (--image).")
+        pixels.append(loaded.preprocessing(decode(config.image.read_bytes(), str(config.image))))
     options = SampleOptions(system_prompt=config.system_prompt)
     answerer = Answerer(loaded, options, config.max_new_tokens, config.temperature)
     if config.prompt is not None:
@@ -62,14 +66,6 @@ def _first_turn(prompt: str, pixels: Sequence[Pixels]) -> Turn:
     if pixels and IMAGE_PLACEHOLDER not in prompt:
         prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
     return Turn("user", prompt)
-
-
-def _pixels(loaded: LoadedModel, config: ChatConfig) -> list[Pixels]:
-    if config.image is None:
-        return []
-    if not config.image.is_file():
-        raise UserError(f"{config.image}: no such image (--image).")
-    return [loaded.preprocessing(decode(config.image.read_bytes(), str(config.image)))]
 
 
 def _say(answer: str) -> None:

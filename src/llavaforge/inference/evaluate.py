@@ -60,16 +60,17 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     dataset = PackDataset(
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )
-    generates = _has_short_answers(records) if config.exact_match == "auto" else config.exact_match
+    is_short = all(len(record.turns[-1].text.split()) <= _SHORT_ANSWER_WORDS for record in records)
+    generates = is_short if config.exact_match == "auto" else config.exact_match
     if not generates:
         logger.info("no metric of answers is measured: they are long, or --exact_match false")
     answerer = Answerer(loaded, config, config.max_new_tokens) if generates else None
     lines = list(_lines(config, step_module, dataset, records, answerer))
     means = {name: sum(line[name] for line in lines) / len(lines) if generates else None for name in METRICS}
+    num_supervised = sum(line["num_supervised"] for line in lines)
     summary: EvaluateResult = {
         "num_samples": len(lines),
-        "loss": sum(line["loss"] * line["num_supervised"] for line in lines)
-        / sum(line["num_supervised"] for line in lines),
+        "loss": sum(line["loss"] * line["num_supervised"] for line in lines) / num_supervised,
         "exact_match": means.pop("exact_match"),
         "model_name_or_path": config.model_name_or_path,
         "data_path": str(config.data_path),
@@ -88,10 +89,6 @@ def _as_cut(records: Iterable[Record], index: SampleIndex) -> list[Record]:
         replace(record, turns=record.turns[: len(record.turns) - dropped], images=record.images[:num_images])
         for record, dropped, num_images in columns
     ]
-
-
-def _has_short_answers(records: list[Record]) -> bool:
-    return all(len(record.turns[-1].text.split()) <= _SHORT_ANSWER_WORDS for record in records)
 
 
 def _lines(
@@ -132,11 +129,10 @@ def _answers(answerer: Answerer, records: list[Record], pack: Pack) -> list[str]
 
 
 def _line(record: Record, loss: float, num_supervised: int, answer: str | None) -> dict[str, Any]:
-    question = record.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
     line = {
         "id": record.id,
         "image": record.images[0].name if len(record.images) == 1 else [image.name for image in record.images],
-        "question": question,
+        "question": record.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip(),
         "reference": record.turns[-1].text,
         "loss": loss,
         "num_supervised": num_supervised,

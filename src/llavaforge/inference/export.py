@@ -50,7 +50,8 @@ def export(config: ExportConfig) -> ExportResult:
     check_output_dir(config.output_dir, config.overwrite, [config.checkpoint])
     trained = read_trained(config.checkpoint) if config.checkpoint.is_dir() else None
     if trained is None:
-        _check_plain(config.checkpoint)
+        if not (config.checkpoint / "config.json").is_file():
+            raise UserError(f"{config.checkpoint}: neither a checkpoint-N nor a final. Give one of a run's output_dir.")
         update_model_folder(config.output_dir, config.checkpoint, {}, overwrite=config.overwrite)
     else:
         check_output_dir(config.output_dir, config.overwrite, [trained.base])
@@ -99,10 +100,7 @@ def check_batch(folder: Path, model: Any, bound: float) -> None:
 @torch.no_grad()
 def _generate(processor: Any, model: Any, questions: Sequence[str]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """Return the new ids (B, T) and for each new token the logits (B, V) that it was chosen by."""
-    texts = []
-    for question in questions:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    texts = [_prompt(processor, question) for question in questions]
     inputs = processor(images=[_noise()] * len(texts), text=texts, padding=True, return_tensors="pt")
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     output = model.generate(
@@ -111,19 +109,16 @@ def _generate(processor: Any, model: Any, questions: Sequence[str]) -> tuple[tor
     return output.sequences[:, inputs["input_ids"].shape[1] :], output.logits
 
 
-def _check_plain(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: neither a checkpoint-N nor a final. Give one of a run's output_dir.")
+def _prompt(processor: Any, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
 
 def _real_sample(folder: Path, trained: Trained | None) -> dict[str, torch.Tensor]:
     """Return a processor's output for an image and its question: of the training data when it is at hand."""
     processor = read_processor(folder)
     image, question = _first_image(trained) or (_noise(), "What is in this image?")
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return dict(processor(images=image, text=text, return_tensors="pt"))
+    return dict(processor(images=image, text=_prompt(processor, question), return_tensors="pt"))
 
 
 def _first_image(trained: Trained | None) -> tuple[Image.Image, str] | None:

@@ -43,6 +43,7 @@ class Answerer:
     ) -> None:
         self._loaded = loaded
         self._builder = sample_builder(loaded.processor, loaded.num_image_tokens, options)
+        end_ids, pad_id = self._end_ids(), loaded.processor.tokenizer.pad_token_id
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "do_sample": temperature > 0,
@@ -50,8 +51,8 @@ class Answerer:
             "top_p": None,
             "top_k": None,
             "suppress_tokens": [loaded.image_token_id],
-            "eos_token_id": self._end_ids(),
-            "pad_token_id": self._pad_id(),
+            "eos_token_id": end_ids,
+            "pad_token_id": end_ids[0] if pad_id is None else pad_id,
         }
 
     def __call__(self, questions: Sequence[Question]) -> list[str]:
@@ -65,10 +66,7 @@ class Answerer:
         pixels = [torch.from_numpy(image) for question in questions for image in question.pixels]
         with torch.no_grad(), stock_attention(self._loaded.model):
             output = self._loaded.model.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                **self._images(pixels),
-                **self._settings,
+                input_ids=ids_BT, attention_mask=mask_BT, **self._images(pixels), **self._settings
             )
         answers: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
@@ -94,7 +92,3 @@ class Answerer:
         ids = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id}
         ids.add(tokenizer.convert_tokens_to_ids(self._builder.chat.answer_end))
         return sorted(token for token in ids if token is not None)
-
-    def _pad_id(self) -> int:
-        pad = self._loaded.processor.tokenizer.pad_token_id
-        return int(self._end_ids()[0] if pad is None else pad)
