@@ -205,3 +205,16 @@ def test_bfloat16_keeps_float32_masters(tiny_llava: Path, shapes: Path, tmp_path
         tiny_llava, shapes / "train", tmp_path / "c", bf16=True, learning_rate=1e-6, projector_learning_rate=1e-6
     )
     train(tiny_rate)  # updates far below bfloat16's resolution: the contract proves that the masters moved
+
+
+def test_a_file_of_the_users_named_final_is_not_replaced_by_the_link_to_the_last_stage(
+    tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    config = train_config(
+        tiny_llava, shapes / "train", tmp_path / "run", stages=[{"name": "one", "train_type": "projector"}], max_steps=2
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").write_text("precious")
+    with pytest.raises(UserError, match="final: is in the way"):
+        train(config)
+    assert (tmp_path / "run" / "final").read_text() == "precious" and not (tmp_path / "run" / "one").exists()
