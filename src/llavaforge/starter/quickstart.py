@@ -10,9 +10,10 @@ and a picture. Every act calls the verb that a user would type. An interrupted q
 import json
 import logging
 import sys
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from llavaforge.inference.evaluate import evaluate
 from llavaforge.inference.export import export
 from llavaforge.join.parts import customize_model
 from llavaforge.results import CustomizeModelResult, EvaluateResult, QuickstartResult
+from llavaforge.starter import SMALL_CLIP, SMALL_QWEN2
 from llavaforge.starter.shapes import make_shapes
 from llavaforge.training.run import train
 
@@ -67,7 +69,8 @@ def quickstart(config: QuickstartConfig) -> QuickstartResult:
     _claim(config)
     tell = _Acts(num_acts=7)
     data, model, run, exported = out / "data", out / "model-01", out / "train", out / "exported"
-    tell("a world of coloured shapes", lambda: data.exists() or make_shapes(_shapes(config, data)))
+    shapes = MakeShapesConfig(output_dir=data, num_samples=NUM_IMAGES, seed=config.seed)
+    tell("a world of coloured shapes", lambda: data.exists() or make_shapes(shapes))
     tell("customize-model: tower + projector + language model", lambda: model.exists() or _customize(config, model))
     tell("train: stage 1 `projector` on captions, stage 2 `use_lora` on questions", lambda: train(_recipe(config)))
     final = run / "final"
@@ -84,7 +87,7 @@ def quickstart(config: QuickstartConfig) -> QuickstartResult:
     result: QuickstartResult = {
         "exact_match": seeing["exact_match"],
         "exact_match_blank_image": blind["exact_match"],
-        "majority_share": majority_share(lines),
+        "majority_share": max(Counter(line["reference"] for line in lines).values()) / len(lines),
         "wall_s": round(time.monotonic() - begin, 1),
         "model": str(model),
         "run": str(run),
@@ -93,12 +96,6 @@ def quickstart(config: QuickstartConfig) -> QuickstartResult:
     }
     _print_summary(result, lines[0], answer)
     return result
-
-
-def majority_share(lines: list[dict[str, Any]]) -> float:
-    """Return how often the most frequent reference answer is right."""
-    references = [line["reference"] for line in lines]
-    return max(references.count(answer) for answer in set(references)) / len(references)
 
 
 def plain_answer(model: Path, data: Path, line: dict[str, Any]) -> str:
@@ -118,19 +115,17 @@ def plain_answer(model: Path, data: Path, line: dict[str, Any]) -> str:
 
 def draw_answers(lines: list[dict[str, Any]], images: Path, path: Path) -> None:
     """Draw a grid of images with question, answer, and right or wrong; some wrong ones first, if there are any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     wrong = [line for line in lines if not line["correct"]][:4]
     right = [line for line in lines[:: max(1, len(lines) // 16)] if line["correct"]]
     shown = (wrong + right)[:16]
     figure = Figure(figsize=(12, 13), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, line in zip(figure.subplots(4, 4).flat, shown, strict=False):
         with Image.open(images / line["image"]) as image:
             axes.imshow(image)
         verdict, colour = ("right", "darkgreen") if line["correct"] else (f"wrong: {line['reference']}", "firebrick")
-        axes.set_title(_wrapped(line["question"]), fontsize=9)
+        axes.set_title(textwrap.fill(line["question"], 30), fontsize=9)
         axes.set_xlabel(f"{line['answer']}  ({verdict})", color=colour, fontsize=11)
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=80)
@@ -164,19 +159,10 @@ def _claim(config: QuickstartConfig) -> None:
     marker.write_text(json.dumps({"seed": config.seed}) + "\n")
 
 
-def _assets() -> Path:
-    return Path(str(files("llavaforge.starter")))
-
-
-def _shapes(config: QuickstartConfig, data: Path) -> MakeShapesConfig:
-    return MakeShapesConfig(output_dir=data, num_samples=NUM_IMAGES, seed=config.seed)
-
-
 def _customize(config: QuickstartConfig, model: Path) -> CustomizeModelResult:
-    tower, language_model = _assets() / "small-clip", _assets() / "small-qwen2"
     options = CustomizeModelConfig(
-        vision_tower=str(tower),
-        language_model=str(language_model),
+        vision_tower=str(SMALL_CLIP),
+        language_model=str(SMALL_QWEN2),
         output_dir=model,
         torch_dtype="float32",
         seed=config.seed,
@@ -186,7 +172,7 @@ def _customize(config: QuickstartConfig, model: Path) -> CustomizeModelResult:
 
 def _recipe(config: QuickstartConfig) -> TrainConfig:
     out = config.output_dir
-    values = yaml.safe_load((_assets() / "quickstart.yaml").read_text())
+    values = yaml.safe_load(Path(__file__).with_name("quickstart.yaml").read_text())
     captions, questions = values["stages"]
     captions |= {"data_path": str(out / "data" / "train"), "eval_data_path": str(out / "data" / "heldout")}
     questions |= {name: str(Path(captions[name]) / "questions.json") for name in ("data_path", "eval_data_path")}
@@ -232,12 +218,3 @@ def _print_summary(result: QuickstartResult, line: dict[str, Any], answer: str) 
         table.add_row(name, value)
     Console(file=sys.stdout).print(table)
     sys.stdout.write(f"\nNext, with real models (a hub or two folders):\n\n  {_NEXT}\n\n")
-
-
-def _wrapped(text: str, width: int = 30) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += word + " "
-    return "\n".join(lines)
