@@ -172,8 +172,9 @@ def _check_recipe(config: SlurmConfig) -> None:
     """Check each stage of the recipe as `train` will, before a job waits in a queue for it."""
     flags = {"deepspeed": config.deepspeed} if config.deepspeed else {}
     processes = config.nodes * config.gpus_per_node
-    for name, values in stage_values(override_all(read_recipe(config.recipe), flags), str(config.recipe)):
-        where = f"{config.recipe}: stage {name}" if name else str(config.recipe)
+    stages = stage_values(override_all(read_recipe(config.recipe), flags), str(config.recipe))
+    for number, (name, values) in enumerate(stages):
+        where = f"{config.recipe}: stages[{number}] ({name})" if name else str(config.recipe)
         batch = build(TrainConfig, values, where).global_batch_size
         if batch is not None and batch % processes:
             below = batch // processes * processes

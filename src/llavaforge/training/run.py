@@ -69,9 +69,9 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainRes
             logger.info("%s is finished already: skipped", config.output_dir)
             finished: TrainResult = load_run(final)["result"]
             return {**finished, "output_dir": str(config.output_dir)}
+        show_contract(opened, console)  # before the engine: ZeRO-3 leaves no process a whole parameter to count
         engine = open_engine(world, settings)
         state = prepare_or_resume(opened, engine)
-        show_contract(opened, console)
         with stop.postponed():
             result = Trainer(opened, engine, state).train(stop)
             world.at("writing the finished model")
