@@ -31,7 +31,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     left += [run.judge.pid for run in runs if not has_ended(run.judge, within_s=5)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    assert not left, "processes were left behind"
+    assert not left, ("processes were left behind", [run.said() for run in runs])
 
 
 def only_message(run: Run, speaker: int = 0) -> str:

@@ -136,8 +136,9 @@ class _Judge:
         """Give a verdict (an empty one lets them go) and wait until the ranks hang up."""
         for rank in ranks:
             if rank.writer:
-                rank.writer.write(json.dumps(verdict).encode())
-                rank.writer.write_eof()
+                with contextlib.suppress(OSError):  # one that the others have killed by now
+                    rank.writer.write(json.dumps(verdict).encode())
+                    rank.writer.write_eof()
         end_s = time.monotonic() + _DRAIN_S
         while any(rank.writer for rank in ranks) and time.monotonic() < end_s:
             await asyncio.sleep(_TICK_S)
