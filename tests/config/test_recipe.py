@@ -65,7 +65,7 @@ def test_train_and_the_data_verbs_read_the_same_data_out_of_each_stage(recipe: P
 
 def test_slurm_takes_what_train_takes(recipe: Path, tmp_path: Path) -> None:
     assert slurm(SlurmConfig(recipe=recipe, output=tmp_path / "job.sh", gpus_per_node=2))["processes"] == 2
-    with pytest.raises(UserError, match="stage one: global_batch_size 8 does not divide over 1 x 3"):
+    with pytest.raises(UserError, match=r"stages\[0\] \(one\): global_batch_size 8 does not divide over 1 x 3"):
         slurm(SlurmConfig(recipe=recipe, output=tmp_path / "other.sh", gpus_per_node=3))
 
 
