@@ -1,7 +1,7 @@
 r"""The small Qwen2 of quickstart: its tokenizer, the text it reads, its training.
 
 In: nothing but the generated world, told in words. Out: a folder that `AutoTokenizer` and
-`AutoModelForCausalLM` open. Called by `train_small_parts.py`. One dialogue that it reads:
+`AutoModelForCausalLM` open. One dialogue that it reads:
 
     system: You are a helpful assistant.
     user: A red circle at the top left and a blue star at the bottom left.\nWhat colour is the circle?
