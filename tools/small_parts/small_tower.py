@@ -1,7 +1,7 @@
 """The small CLIP vision tower of quickstart and its training.
 
 In: images and captions of the generated world. Out: a folder that `CLIPVisionModel` and `AutoImageProcessor`
-open. Called by `train_small_parts.py`.
+open.
 
 The loss is CLIP's (Radford et al., 2021) with hard negative captions, which differ from the image in one word
 (NegCLIP, Yuksekgonul et al., 2023), plus a head on the patches of the layer that LLaVA reads (the last but
