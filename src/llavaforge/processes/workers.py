@@ -58,7 +58,8 @@ def each(task: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
     with ProcessPoolExecutor(num_cores(), mp_context=context(), initializer=_remember, initargs=(task,)) as pool:
         try:
             for item in items:
-                waiting.append((item, pool.submit(_do_remembered, item)))
+                with signals_blocked():  # a worker that is half started would be waited for, for ever
+                    waiting.append((item, pool.submit(_do_remembered, item)))
                 if len(waiting) > 2 * num_cores():
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -102,17 +103,29 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Start processes that never see a request to stop.
+    """Start processes that never see a request to stop, and start them whole.
 
     A signal to the process group asks the trainer to stop at a step's end: the fork server and its workers must live
     until then, also while they start. A process inherits the mask; ours is lifted again, and what came meanwhile is
-    then delivered.
+    then delivered. The mask is this thread's: where another thread (a library's) takes the signal, Python would still
+    run the handler here, so the handlers are put aside as well.
     """
     resource_tracker.ensure_running()  # its start lifts the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    came: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _STOPS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for number in came:
+            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
