@@ -126,6 +126,6 @@ def signals_blocked() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        for number in came:
-            signal.raise_signal(number)
+        for request in came:
+            signal.raise_signal(request)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
