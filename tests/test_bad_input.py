@@ -150,7 +150,7 @@ def test_two_processes_in_one_folder(
     import fcntl
 
     (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / ".lock").open("w") as lock:
+    with (tmp_path / "run" / ".llavaforge.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code = main(train_flags(tiny_llava, shapes / "train", tmp_path / "run"))
     assert_refused(capsys, code, "another process is training here")
@@ -162,7 +162,7 @@ def test_a_faulty_image_in_a_worker_is_told_without_its_traceback(
     for image in (data / "images").iterdir():
         image.write_text("<html>404</html>")
     code = main(train_flags(tiny_llava, data, tmp_path / "run", "--dataloader_num_workers=1"))
-    assert_refused(capsys, code, "chat.json row", "JPEG, PNG", "No step was done yet; mend the data")
+    assert_refused(capsys, code, "chat.json row", "JPEG, PNG", "No step was done yet. Mend that and start again")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
@@ -207,7 +207,7 @@ def test_folders_that_are_something_else(
     weights = next(broken.glob("model*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     code = main(train_flags(broken, shapes / "train", tmp_path / "out"))
-    assert_refused(capsys, code, str(broken), "the weights cannot be read")
+    assert_refused(capsys, code, str(broken), "not a readable safetensors file")
     (tmp_path / "file").write_text("x")
     code = main(train_flags(tiny_llava, shapes / "train", tmp_path / "file"))
     assert_refused(capsys, code, "file: is a file. Give another output_dir")

@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "src" / "llavaforge"
 
 # Every room, from the ground up: a file imports its own room and those below. Rooms of a floor do not know each other.
 FLOORS: list[set[str]] = [
-    {"errors", "files", "progress", "results", "version"},
+    {"errors", "progress", "results", "version"},
+    {"files"},
     {"config", "processes", "report"},
     {"model_folder"},
-    {"join", "data"},
+    {"data"},
     {"model"},
     {"engine"},
     {"checkpoint"},
-    {"training", "inference", "data_check", "data_preview", "sbatch"},
+    {"training", "inference", "data_check", "data_preview", "join", "sbatch"},
     {"starter"},
     {"cli"},
     {"__init__", "__main__"},

@@ -135,7 +135,9 @@ def check(
     prompt_style: Literal["chat", "plain"] = "chat",
     system_prompt: str | None = None,
     max_length: int = 2048,
+    special_tokens_in_text: Literal["split", "keep"] = "split",
     image_folder: str | Path | None = None,
+    image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
     data_path: str | Path | None = None,
     data: Sequence[Mapping[str, Any]] = (),
@@ -175,7 +177,10 @@ def check(
             stage 1).
         system_prompt: System message put before each conversation (chat style only).
         max_length: Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit.
+        special_tokens_in_text: The model's special tokens in texts of the data: `split` them into plain text, or `keep`
+            them as they are (boxes, points). Those that the chat template writes itself are always split.
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
+        image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
         data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
             (docs/data.md).
@@ -221,7 +226,9 @@ def preview(
     prompt_style: Literal["chat", "plain"] = "chat",
     system_prompt: str | None = None,
     max_length: int = 2048,
+    special_tokens_in_text: Literal["split", "keep"] = "split",
     image_folder: str | Path | None = None,
+    image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
     data_path: str | Path | None = None,
     data: Sequence[Mapping[str, Any]] = (),
@@ -261,7 +268,10 @@ def preview(
             stage 1).
         system_prompt: System message put before each conversation (chat style only).
         max_length: Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit.
+        special_tokens_in_text: The model's special tokens in texts of the data: `split` them into plain text, or `keep`
+            them as they are (boxes, points). Those that the chat template writes itself are always split.
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
+        image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
         data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
             (docs/data.md).
@@ -328,7 +338,9 @@ def train(
     prompt_style: Literal["chat", "plain"] = "chat",
     system_prompt: str | None = None,
     max_length: int = 2048,
+    special_tokens_in_text: Literal["split", "keep"] = "split",
     image_folder: str | Path | None = None,
+    image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
     data_path: str | Path | None = None,
     data: Sequence[Mapping[str, Any]] = (),
@@ -377,12 +389,15 @@ def train(
     gradient_checkpointing: bool = False,
     deepspeed: str | Path | None = None,
     stuck_timeout_s: float = 300.0,
+    max_skipped_steps: int = 3,
     dataloader_num_workers: int = 2,
     save_steps: int = 500,
     save_total_limit: int = 2,
+    on_save_error: Literal["stop", "continue"] = "stop",
     logging_steps: int = 1,
     report_to: Literal["none", "tensorboard"] = "none",
     resume_from_checkpoint: Literal["auto"] | str | Path = "auto",
+    allow_changes: Sequence[str] = (),
     stages: Sequence[Mapping[str, Any]] = (),
 ) -> TrainResult:
     """Train a LLaVA: one stage, or several under `stages`.
@@ -395,7 +410,10 @@ def train(
             stage 1).
         system_prompt: System message put before each conversation (chat style only).
         max_length: Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit.
+        special_tokens_in_text: The model's special tokens in texts of the data: `split` them into plain text, or `keep`
+            them as they are (boxes, points). Those that the chat template writes itself are always split.
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
+        image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
         data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
             (docs/data.md).
@@ -426,8 +444,10 @@ def train(
             bad_samples.jsonl.
         max_bad_samples: With `skip`: stop when more than so many were left out.
         eval_steps: Held-out loss every so many steps (0: only at the end).
-        num_train_epochs: Passes over the data (ignored when `max_steps` is given).
-        max_steps: Number of optimizer steps; 0 derives it from `num_train_epochs`.
+        num_train_epochs: Passes over the data (ignored when `max_steps` is given). Raise it to go on with a finished
+            run.
+        max_steps: Number of optimizer steps; 0 derives it from `num_train_epochs`. Raise it to go on with a finished
+            run.
         learning_rate: Of the language model or its LoRA (of the projector for `projector`). Default 2e-5; LoRA 2e-4;
             projector 1e-3.
         projector_learning_rate: Of the projector (default: `learning_rate`; 2e-5 for `use_lora`).
@@ -444,14 +464,19 @@ def train(
         gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory.
         deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
             processes default to `zero2`, a single one to plain PyTorch.
-        stuck_timeout_s: Seconds after which a run of several processes is ended when one of them does not answer or
-            gets nowhere.
+        stuck_timeout_s: Seconds after which a run is ended when a process does not answer or gets nowhere, or no image
+            comes.
+        max_skipped_steps: Steps in a row that may be skipped because loss or gradient is not finite; after more the run
+            ends.
         dataloader_num_workers: Processes that decode images (0: the training process itself).
         save_steps: A checkpoint every so many steps (0: none).
         save_total_limit: Newest checkpoints kept.
+        on_save_error: When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it.
         logging_steps: A line of metrics.jsonl every so many steps.
         report_to: Where metrics go besides metrics.jsonl.
         resume_from_checkpoint: `auto` goes on from the newest valid checkpoint of `output_dir`; a path names one.
+        allow_changes: Names of what identifies a run and may differ from before when it goes on, such as seed, data,
+            base_model.
         stages: Each entry is the recipe with some fields overridden (and a `name`); they run in order.
 
     Returns:
@@ -473,7 +498,9 @@ def evaluate(
     prompt_style: Literal["chat", "plain"] = "chat",
     system_prompt: str | None = None,
     max_length: int = 2048,
+    special_tokens_in_text: Literal["split", "keep"] = "split",
     image_folder: str | Path | None = None,
+    image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
     output_dir: str | Path | None = None,
     max_samples: int | None = None,
@@ -493,7 +520,10 @@ def evaluate(
             stage 1).
         system_prompt: System message put before each conversation (chat style only).
         max_length: Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit.
+        special_tokens_in_text: The model's special tokens in texts of the data: `split` them into plain text, or `keep`
+            them as they are (boxes, points). Those that the chat template writes itself are always split.
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
+        image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
         output_dir: Where `samples.jsonl` and `summary.json` go.
         max_samples: Use only the first so many records.

@@ -6,7 +6,6 @@ a verb is chosen, so `llavaforge --help` stays quick.
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import sys
@@ -17,7 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
+from llavaforge.errors import (
+    EndedElsewhere,
+    RunFailed,
+    StoppedEarly,
+    UserError,
+    as_user_error,
+    is_out_of_memory,
+    reason,
+)
+from llavaforge.files import to_json
+from llavaforge.report.glyphs import visible
 from llavaforge.version import __version__
 
 if TYPE_CHECKING:
@@ -76,18 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, rest = _choose(arguments)
         if name is None:
             return 0
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_Printable("%(message)s"))
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
         for noisy in ("httpx", "matplotlib", "DeepSpeed"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         config = parse(name, rest)
         result = _load(VERBS[name].function)(config)
         if result is not None and os.environ.get("RANK", "0") == "0":  # several processes have one result
-            _write(json.dumps(result))
+            _write(to_json(result))
         return 2 if result and result.get(VERBS[name].fails_on) else 0
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _refuse(error)
     except StoppedEarly as stop:
         sys.stderr.write(f"{stop}\n")
         return stop.exit_code
@@ -98,10 +108,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # argparse, after --help or a usage error
         return int(stop.code or 0)
-    except Exception:
+    except Exception as error:
+        theirs = as_user_error(error) if isinstance(error, OSError) else None
+        if theirs is None and is_out_of_memory(error):
+            theirs = RunFailed(f"out of memory ({reason(error)}). Take smaller batches or more memory.")
+        if theirs is not None:
+            return _refuse(theirs)
         traceback.print_exc()
         sys.stderr.write("This is a fault in llavaforge or a failed run, not in your input.\n")
         return 1
+
+
+class _Printable(logging.Formatter):
+    """Lets no control character of other people's texts through to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _refuse(error: UserError) -> int:
+    sys.stderr.write(f"error: {visible(str(error))}\n")
+    return error.exit_code
 
 
 def parse(name: str, arguments: Sequence[str]) -> "Schema":

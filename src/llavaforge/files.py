@@ -7,26 +7,34 @@ inject a fault at every system call and still be quick.
 The order is the whole point: fill a temporary sibling, write the manifest, fsync every file and the folder,
 rename, fsync the parent. A kill at any moment leaves the old state or the new one.
 
-What is deleted or replaced is proved to be ours: by a manifest, or by a name with our prefix and the number of a
-process that is gone.
+What is deleted or replaced is proved to be ours: by a manifest, by a name with our prefix and the number of a process
+that is gone, or of a single file by how it begins. What is damaged is moved aside, not deleted.
 """
 
 import hashlib
 import json
+import logging
+import math
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from llavaforge.errors import UserError, naming
+
 MANIFEST = "manifest.json"
-_PREFIX = ".llavaforge"  # of temporary names, before the machine, the process and what they are
+PREFIX = ".llavaforge"  # of temporary names, before the machine, the process and what they are; and of locks
 _NEW, _OLD = "new", "old"
+_SUM_DIGITS = 64
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -52,7 +60,8 @@ def publishing(
     temporary = _temporary(destination, _NEW)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(destination):
+            yield temporary
         _open_to_readers(temporary)
         write_manifest(temporary, entries or {})
         _sync_tree(temporary, entries or {})
@@ -97,11 +106,20 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         OSError: it cannot be read.
         ValueError: it is not a manifest.
     """
-    content = json.loads((folder / MANIFEST).read_text())
+    content = json.loads((folder / MANIFEST).read_bytes())
     entries = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(entries, dict) or not all(isinstance(one, dict) and "bytes" in one for one in entries.values()):
+    if not isinstance(entries, dict):
         raise ValueError("no list of files")
+    for name, entry in entries.items():
+        whole = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        if not whole or not is_inside(name):
+            raise ValueError(f"no entry of a file: {name!r:.100}")
     return entries
+
+
+def is_inside(name: str) -> bool:
+    """Say whether a relative file name stays below its folder."""
+    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
 
 
 def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]]) -> None:
@@ -134,11 +152,16 @@ def differences(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
 
     Returns:
         One line per difference (missing manifest, missing file, other size, other content); empty when all is well.
+
+    Raises:
+        OSError: a file is there and cannot be read just now; whether it is sound is not known.
     """
     try:
         entries = read_manifest(folder)
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST}: unreadable ({error})"]
+    except (FileNotFoundError, NotADirectoryError):
+        return [f"{MANIFEST}: missing"]
+    except (ValueError, RecursionError) as error:
+        return [f"{MANIFEST}: damaged ({error})"]
     mine = sorted(entries.items())[share::num_shares]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda item: _difference(folder / item[0], item[1]), mine)
@@ -148,26 +171,153 @@ def differences(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
 def fingerprint(folder: Path) -> str:
     """Identify a model folder by the content of its weights, config and tokenizer.
 
-    A published folder's manifest saves reading the weights again.
+    A published folder's manifest saves reading weights again that have its size and are not newer than it.
     """
-    known = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    names = sorted(
-        path.name
+    known: dict[str, dict[str, Any]] = {}
+    with suppress(OSError, ValueError):
+        known = read_manifest(folder)
+    written_ns = (folder / MANIFEST).stat().st_mtime_ns if known else 0
+    paths = sorted(
+        path
         for path in folder.iterdir()
         if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "tokenizer.json")
     )
+
+    def content(path: Path) -> str:
+        status, entry = path.stat(), known.get(path.name)
+        if entry is not None and status.st_size == entry["bytes"] and status.st_mtime_ns <= written_ns:
+            return str(entry["sha256"])
+        return remembered_sha256(path, cache_dir())
+
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(lambda name: known[name]["sha256"] if name in known else sha256(folder / name), names)
-    return hashlib.sha256("".join(f"{n} {s}\n" for n, s in zip(names, sums, strict=True)).encode()).hexdigest()
+        sums = pool.map(content, paths)
+    lines = (f"{path.name} {one}\n" for path, one in zip(paths, sums, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file's text atomically (used for the `latest` pointer)."""
-    temporary = _temporary(path, _NEW)
-    temporary.write_text(text)
-    sync_path(temporary)
-    os.replace(temporary, path)
-    sync_path(path.parent)
+def cache_dir(chosen: Path | str | None = None) -> Path:
+    """Return where prepared data, and sums of large files, are kept."""
+    return Path(chosen or os.environ.get("LLAVAFORGE_CACHE") or Path("~/.cache/llavaforge").expanduser())
+
+
+def remembered_sha256(path: Path, cache: Path) -> str:
+    """Return a file's SHA-256, remembered by size, times and inode: a gigabyte takes a second or more.
+
+    Args:
+        path: the file.
+        cache: folder of the cache; where it cannot be written, nothing is remembered.
+    """
+    status = path.stat()
+    key = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    known = cache / "contents" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    with suppress(OSError):
+        if len(text := known.read_text(errors="replace")) == _SUM_DIGITS:
+            return text
+    digest = sha256(path)
+    with suppress(OSError):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(known, digest)
+    return digest
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged folder, so that its name is free and nothing of it is lost; return its new name."""
+    names = (folder.with_name(f"{folder.name}.corrupt{f'-{number}' * (number > 1)}") for number in count(1))
+    return folder.rename(next(name for name in names if not os.path.lexists(name)))
+
+
+def check_own(path: Path, own: str) -> None:
+    """Check that a file may be written: that none is there, or an empty one, or one that llavaforge wrote.
+
+    Args:
+        path: as the user named it.
+        own: a regular expression; what llavaforge writes there begins so.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder. Name a file.")
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        beginning = file.read(4096).decode("utf-8", "replace")
+    if beginning and not re.match(own, beginning):
+        raise UserError(
+            f"{path}: is there already, and llavaforge did not write it, so it is not replaced. "
+            "Move it, or give another name."
+        )
+
+
+def replace_text(path: Path, text: str, own: str | None = None) -> None:
+    """Replace a file's text atomically.
+
+    Args:
+        path: the file; its folder is made when there is none.
+        text: all of it.
+        own: of a file that the user named, see `check_own`.
+
+    Raises:
+        UserError: another's file is there.
+    """
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"), own)
+
+
+def replace_bytes(path: Path, content: bytes, own: str | None = None) -> None:
+    """Replace a file's content, as `replace_text`."""
+    if own is not None:
+        check_own(path, own)
+    path = path.resolve()
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # /dev/stdout
+            path.write_bytes(content)
+            return
+        temporary = _temporary(path, _NEW)
+        try:
+            temporary.write_bytes(content)
+            sync_path(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_path(path.parent)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON that every reader takes: numbers that are not finite become null (JSON has none of them)."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append an object to a .jsonl file, as a whole line or not at all (but for a kill of the machine)."""
+    with naming(path), path.open("ab", buffering=0) as file:
+        file.write(to_json(value).encode() + b"\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a .jsonl file of ours, empty when there is none; lines that a kill cut are left out."""
+    lines: list[dict[str, Any]] = []
+    damaged = 0
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            lines.append(value)
+        else:
+            damaged += bool(line.strip())
+    if damaged:
+        logger.warning("%s: left out %d damaged lines", path, damaged)
+    return lines
 
 
 def remove_leftovers(parent: Path, name: str = "") -> None:
@@ -180,7 +330,7 @@ def remove_leftovers(parent: Path, name: str = "") -> None:
         parent: an existing folder.
         name: of the file or folder that was being written; empty for all.
     """
-    pattern = re.compile(rf"{_PREFIX}-{_machine()}-(\d+)-({_NEW}|{_OLD})-({re.escape(name) or '.+'})")
+    pattern = re.compile(rf"{PREFIX}-{_machine()}-(\d+)-({_NEW}|{_OLD})-({re.escape(name) or '.+'})")
     found = [match for path in parent.iterdir() if (match := pattern.fullmatch(path.name))]
     for match in sorted(found, key=lambda match: match[2] == _NEW):  # old ones first
         leftover, destination = parent / match[0], parent / match[3]
@@ -195,7 +345,7 @@ def remove_leftovers(parent: Path, name: str = "") -> None:
 
 
 def _temporary(destination: Path, kind: str) -> Path:
-    return destination.with_name(f"{_PREFIX}-{_machine()}-{os.getpid()}-{kind}-{destination.name}")
+    return destination.with_name(f"{PREFIX}-{_machine()}-{os.getpid()}-{kind}-{destination.name}")
 
 
 @cache

@@ -13,6 +13,7 @@ from llavaforge.config.load import build, read_recipe
 from llavaforge.config.recipe import override_all, stage_values
 from llavaforge.config.schema import SlurmConfig, TrainConfig
 from llavaforge.errors import UserError
+from llavaforge.files import check_own, replace_text
 from llavaforge.results import SlurmResult
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 _MIN_MINUTES = 5  # 120 s before the limit the run is told to save, and SLURM may be 60 s early
 _NAMES = ("partition", "account", "qos", "constraint", "job_name")
 
+_OWN = "#!/usr/bin/env bash\n# Train under SLURM, one task per GPU"  # how a script begins that may be replaced
 _SCRIPT = r"""#!/usr/bin/env bash
 # Train under SLURM, one task per GPU; after a time limit, a preemption or a dead node the run goes on by itself.
 #
@@ -83,12 +85,12 @@ def slurm(config: SlurmConfig) -> SlurmResult:
     _check_options(config)
     _check_recipe(config)
     output = config.output or Path(f"{config.recipe.stem}.sh")
+    check_own(output, _OWN)
     if output.is_dir() or not output.name.isprintable():
         raise UserError(f"{str(output)!r}: not a file's name. Give the name of a script as --output.")
     if output.exists() and not config.overwrite:
         raise UserError(f"{output}: is there already. Give another --output, or --overwrite to replace it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(script(config, output.name, config.recipe))
+    replace_text(output, script(config, output.name, config.recipe), _OWN)
     output.chmod(0o755)
     submit = f"sbatch {shlex.quote(str(output))}"
     logger.info(

@@ -26,7 +26,8 @@ from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.index import prepare
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.index.open import open_checked_index, open_index
-from llavaforge.data.rows.records import Record, Turn
+from llavaforge.data.rows.records import Record
+from llavaforge.data.rows.turns import Turn
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
 from llavaforge.processes import workers
@@ -62,7 +63,7 @@ def images_of(index: SampleIndex) -> list[bytes]:
 
 def index_files(cache: Path) -> set[str]:
     """What lies in the cache besides locks, without the fingerprint."""
-    names = [path.name for path in (cache / "index").iterdir() if path.suffix != ".lock"]
+    names = [path.name for path in (cache / "index").iterdir() if path.suffix not in (".lock", ".crc32")]
     return {f"{name.split('-')[0]}.{name.split('.', 1)[1]}" for name in names}
 
 

@@ -35,7 +35,7 @@ PIECES = (1, 7, 64)
 def read(path: Path, chunk: int = 3) -> dict[int, Any]:
     """All rows of a file as values, by their numbers."""
     rows: dict[int, Any] = {}
-    for found in read_chunks(path, 0, chunk):
+    for found in read_chunks(path, 0, chunk, {}):
         assert len(found.rows) == len(found.raws) <= chunk and 0 <= found.progress <= 1
         for number, raw in zip(found.rows, found.raws, strict=True):
             assert number not in rows
@@ -467,10 +467,10 @@ from llavaforge.data.rows.kinds import read_chunks
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-for _ in read_chunks(Path(sys.argv[1]), 0, 1000):
+for _ in read_chunks(Path(sys.argv[1]), 0, 1000, {}):
     pass
 before = peak()
-rows = sum(len(chunk.rows) for chunk in read_chunks(Path(sys.argv[2]), 0, 1000))
+rows = sum(len(chunk.rows) for chunk in read_chunks(Path(sys.argv[2]), 0, 1000, {}))
 print(rows, (peak() - before) / 1024)
 """
 

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavaforge.data.faults import KINDS, RecordError
-from llavaforge.data.rows.records import CAPTION_PROMPT, FORMATS, Record, Turn, parse_record
+from llavaforge.data.rows.formats import CAPTION_PROMPT, FORMATS
+from llavaforge.data.rows.records import Record, parse_record
+from llavaforge.data.rows.turns import Turn
 from llavaforge.data.storage.image_ref import ImageRef
 
 QUESTION = "Provide a brief description of the given image.\n<image>"
@@ -140,7 +142,7 @@ BROKEN: list[tuple[Any, str, str]] = [
     (messages(("user", [{"type": "image"}]), ("assistant", "A")), "image_count", "names no image"),
     (messages(("user", [text("Hi")]), ("assistant", [IMAGE])), "malformed_row", "content part"),
     ({"caption": "a cat"}, "image_count", "one image, found 0"),
-    ({"image": "a.jpg"}, "malformed_row", "`conversations`, `messages` or `caption`"),
+    ({"image": "a.jpg"}, "malformed_row", "`conversations`, `messages`.*found the fields image"),
     (["not", "a", "mapping"], "malformed_row", "a row is an object"),
 ]
 

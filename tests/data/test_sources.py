@@ -21,7 +21,8 @@ from PIL import Image as PillowImage
 from llavaforge.config.schema import DataEntry, SampleOptions
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.index.open import open_checked_index, open_index, sample_builder
-from llavaforge.data.rows.records import CAPTION_PROMPT, parse_record
+from llavaforge.data.rows.formats import CAPTION_PROMPT
+from llavaforge.data.rows.records import parse_record
 from llavaforge.data.rows.sources import find_source
 from llavaforge.data.storage import columns
 from llavaforge.errors import UserError

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_parts
 from llavaforge.data.faults import RecordError
-from llavaforge.data.rows.records import Record, Turn
+from llavaforge.data.rows.records import Record
+from llavaforge.data.rows.turns import Turn
 from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.data.text.sample import IGNORE_INDEX, SampleBuilder
 from llavaforge.data.text.template import ChatTemplate
@@ -170,5 +171,7 @@ def test_a_role_the_template_has_no_place_for_is_the_users_fault(tokenizer: Any)
     picky = QWEN15.replace(
         "{% for", "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for", 1
     )
-    with pytest.raises(UserError, match=r"cannot render the roles.*no system.*Drop system_prompt"):
+    with pytest.raises(
+        UserError, match=r"cannot render a conversation of the roles system.*no system.*Drop system_prompt"
+    ):
         builder(tokenizer, picky, system_prompt="Be brief.").build(record(*CONVERSATION))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llavaforge.config.schema import ChatConfig, EvaluateConfig, SampleOptions
-from llavaforge.data.rows.records import Turn
+from llavaforge.data.rows.turns import Turn
 from llavaforge.errors import UserError
 from llavaforge.inference.chat import chat
 from llavaforge.inference.evaluate import evaluate

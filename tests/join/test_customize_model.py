@@ -21,7 +21,7 @@ from llavaforge.cli import main
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.errors import UserError
 from llavaforge.join.parts import customize_model
-from llavaforge.join.projector import new_projector
+from llavaforge.model_folder.projector import new_projector
 from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.model_folder.verify import load_verified
 

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.errors import UserError
 from llavaforge.join.parts import customize_model
-from llavaforge.join.projector import read_projector
+from llavaforge.model_folder.projector import read_projector
 from llavaforge.model_folder.tensors import open_tensors
 
 NAMES = ["linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"]

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llavaforge.config import train_types
 from llavaforge.data.load.pack import Pack
-from llavaforge.errors import UserError
-from llavaforge.files import differences
+from llavaforge.errors import RunFailed, UserError
+from llavaforge.files import differences, read_json_lines
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import part_of
 from llavaforge.model_folder.tensors import open_tensors
@@ -160,10 +162,29 @@ def test_the_contract_sees_a_frozen_tensor_change(
         train(train_config(tiny_llava, shapes / "train", tmp_path / "run", train_type="projector"))
 
 
-def test_three_steps_without_a_finite_gradient_end_the_run(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
-    config = train_config(tiny_llava, shapes / "train", tmp_path / "run", learning_rate=1e30, max_grad_norm=0)
-    with pytest.raises(FloatingPointError, match="3 steps in a row"):
-        train(config)
+def test_steps_without_a_finite_gradient_end_the_run_and_name_their_records(
+    tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = dict(learning_rate=1e30, max_grad_norm=0, max_skipped_steps=2)
+    with pytest.raises(RunFailed, match="3 steps in a row.*lower the learning rate"):
+        train(train_config(tiny_llava, shapes / "train", tmp_path / "run", **values))
+    assert not (tmp_path / "run" / "final").exists()
+    unusual = read_json_lines(tmp_path / "run" / "unusual_steps.jsonl")
+    assert [len(line["records"]) for line in unusual] == [4, 4, 4]
+    assert all(line["records"][0].startswith("chat.json row ") for line in unusual)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1], parse_constant=pytest.fail)["grad_norm"] is None
+
+
+def test_a_run_whose_every_step_was_skipped_leaves_no_finished_model(
+    tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llava, tmp_path / "model"))
+    path = model / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_std": [0, 0, 0]}))
+    with pytest.raises(RunFailed, match="all 2 steps were skipped"):
+        train(train_config(model, shapes / "train", tmp_path / "run", max_steps=2))
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def test_nothing_of_the_model_runs_outside_the_step_module(

@@ -4,37 +4,38 @@ Comes in: `output_dir` and the run's identity. Goes out: a valid checkpoint or N
 """
 
 import fcntl
-import json
 import logging
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.identity import check_same_run
-from llavaforge.checkpoint.state import PREFIX, RUN, load_run, steps_of
+from llavaforge.checkpoint.state import LATEST, PREFIX, RUN, load_run, steps_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
-from llavaforge.files import differences, remove_leftovers, replace_text
+from llavaforge.files import PREFIX as OWN_PREFIX
+from llavaforge.files import differences, remove_leftovers, replace_text, set_aside, to_json
 from llavaforge.processes.world import World
 
 logger = logging.getLogger(__name__)
 
-_LOCK = ".lock"
+_LOCK = f"{OWN_PREFIX}.lock"
 _SHARED_WITHIN_S = 60.0  # NFS caches attributes of a folder for up to 60 s by default (nfs(5), acdirmax)
 
 
 @contextmanager
-def claimed(output_dir: Path, run: dict[str, Any], world: World) -> Iterator[None]:
+def claimed(output_dir: Path, run: dict[str, Any], allowed: Collection[str], world: World) -> Iterator[None]:
     """Hold `output_dir` for this run while the block lasts.
 
     Args:
         output_dir: made when absent; `run.json` is put there.
         run: has `identity`: everything that the result depends on.
+        allowed: what of that may differ from before.
         world: its writer writes and locks, the others look whether they see the same folder.
 
     Raises:
@@ -42,16 +43,17 @@ def claimed(output_dir: Path, run: dict[str, Any], world: World) -> Iterator[Non
         not on a file system that all hosts share.
     """
     with ExitStack() as held:
-        world.run_on_all(lambda: _claim(output_dir, run, held) if world.is_writer else None)
+        world.run_on_all(lambda: _claim(output_dir, run, allowed, held) if world.is_writer else None)
         token = world.broadcast_object((output_dir / _LOCK).read_text() if world.is_writer else "")
         world.run_on_all(lambda: _check_shared(output_dir / _LOCK, token))
         yield
 
 
-def _claim(output_dir: Path, run: dict[str, Any], held: ExitStack) -> None:
+def _claim(output_dir: Path, run: dict[str, Any], allowed: Collection[str], held: ExitStack) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file. Give another output_dir.")
     output_dir.mkdir(parents=True, exist_ok=True)
+    _check_strangers(output_dir)  # before anything is written there
     lock = held.enter_context((output_dir / _LOCK).open("a"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,12 +61,13 @@ def _claim(output_dir: Path, run: dict[str, Any], held: ExitStack) -> None:
         raise UserError(
             f"{output_dir}: another process is training here. Wait for it, or give another output_dir."
         ) from None
-    _check_owner(output_dir, run)
+    _check_strangers(output_dir)
+    _check_same(output_dir, run, allowed)
     lock.truncate(0)
     lock.write(secrets.token_hex(8))
     lock.flush()
     remove_leftovers(output_dir)
-    replace_text(output_dir / RUN, json.dumps(run, indent=1) + "\n")
+    replace_text(output_dir / RUN, to_json(run, indent=1) + "\n")
 
 
 def _check_shared(lock: Path, token: str) -> None:
@@ -85,12 +88,27 @@ def _check_shared(lock: Path, token: str) -> None:
 
 
 def begun(output_dir: Path) -> dict[str, Any] | None:
-    """Return the `run.json` of a run that has left something there; one that failed before step 1 claims nothing."""
+    """Return the `run.json` of a run that has left something there; one that failed before step 1 claims nothing.
+
+    Raises:
+        UserError: it is damaged, and no checkpoint has one.
+    """
     if not (output_dir / RUN).is_file():
         return None
     left = {path.name for path in output_dir.iterdir() if not path.name.startswith(".")} - {RUN}
     left -= {path.name for path in output_dir.glob("*.jsonl") if not path.stat().st_size}
-    return load_run(output_dir) if left else None
+    if not left:
+        return None
+    folders = [output_dir, *(output_dir / f"{PREFIX}{step}" for step in reversed(steps_of(output_dir)))]
+    for folder in folders:
+        try:
+            return load_run(folder)
+        except UserError as error:
+            logger.warning("%s", error)
+    raise UserError(
+        f"{output_dir / RUN}: is damaged, and no checkpoint says what run this is. Restore it, or give another "
+        "output_dir."
+    )
 
 
 def batch_size_of_begun(config: TrainConfig) -> int | None:
@@ -104,59 +122,75 @@ def batch_size_of_begun(config: TrainConfig) -> int | None:
     return int(run["identity"]["global_batch_size"])
 
 
-def find_checkpoint(output_dir: Path, asked: Path | str, run: dict[str, Any], world: World) -> Path | None:
+def find_checkpoint(
+    output_dir: Path, asked: Path | str, run: dict[str, Any], allowed: Collection[str], world: World
+) -> Path | None:
     """Return the checkpoint to go on from; all processes call this and get the same answer.
 
     Args:
         output_dir: the run's folder.
         asked: `auto`, or a checkpoint folder.
         run: has `identity`, which must be the checkpoint's.
+        allowed: what of that may differ.
         world: its processes divide the reading; the writer renames a corrupt checkpoint.
 
     Returns:
-        The newest valid one (invalid ones are renamed `.corrupt`, with a warning), or None to start anew.
+        The newest valid one (newer ones that are damaged are renamed `.corrupt`, with a warning), or None to start.
 
     Raises:
-        UserError: the one asked for is missing, corrupt, or of another run.
+        UserError: the one asked for is missing, corrupt, or of another run; or none of those that were saved is sound.
+        OSError: one cannot be read just now.
     """
 
     def differences_of(folder: Path) -> list[str]:
         shares = world.all_gather_objects(world.run_on_all(lambda: differences(folder, world.rank, world.size)))
         return list(dict.fromkeys(line for share in shares for line in share))
 
+    def check(folder: Path) -> None:
+        check_same_run(folder, load_run(folder)["identity"], run["identity"], allowed)
+
     if isinstance(asked, Path):
-        found = differences_of(asked)
-
-        def check() -> None:
-            if found:
-                raise UserError(
-                    f"{asked} cannot be resumed from: {'; '.join(found)}. Give another checkpoint-N or `auto`."
-                )
-            check_same_run(asked, load_run(asked)["identity"], run["identity"])
-
-        world.run_on_all(check)
+        if found := differences_of(asked):
+            message = f"{asked} cannot be resumed from: {'; '.join(found)}. Give another checkpoint-N or `auto`."
+            world.fail(UserError(message))
+        world.run_on_all(lambda: check(asked))
         return asked
+    damaged: dict[Path, list[str]] = {}
     for step in reversed(world.broadcast_object(steps_of(output_dir) if world.is_writer else [])):
         folder = output_dir / f"{PREFIX}{step}"
-        found = differences_of(folder)
-        if not found:
-            world.run_on_all(partial(check_same_run, folder, load_run(folder)["identity"], run["identity"]))
-            return folder
+        if found := differences_of(folder):
+            damaged[folder] = found
+            continue
+        world.run_on_all(partial(check, folder))
         if world.is_writer:
-            logger.warning("%s is corrupt (%s); falling back to the one before", folder, "; ".join(found))
-            folder.rename(folder.with_name(folder.name + ".corrupt"))
+            for other, lines in damaged.items():
+                logger.warning("%s is damaged (%s): renamed %s", other, "; ".join(lines), set_aside(other).name)
+        return folder
+    if world.broadcast_object((output_dir / LATEST).exists() if world.is_writer else False):
+        listed = [f"  {folder.name}: {'; '.join(lines)}" for folder, lines in damaged.items()] or ["  none is there"]
+        world.fail(
+            UserError(
+                f"{output_dir}: steps were saved here, and no sound checkpoint is left to go on from:\n"
+                + "\n".join(listed)
+                + f"\nRestore one of them; or remove {LATEST} and them to begin at step 1; or give another output_dir."
+            )
+        )
     return None
 
 
-def _check_owner(output_dir: Path, run: dict[str, Any]) -> None:
-    if (output_dir / RUN).is_file():
-        owner = begun(output_dir)
-        if owner is not None:
-            check_same_run(output_dir, owner["identity"], run["identity"])
-        return
-    strangers = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
-    if strangers:
+def _check_strangers(output_dir: Path) -> None:
+    strangers = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith(OWN_PREFIX))
+    if strangers and not (output_dir / RUN).is_file():
         raise UserError(
             f"{output_dir}: not empty and not a run of llavaforge (it holds {', '.join(strangers[:3])}). "
             "Give another output_dir."
         )
+
+
+def _check_same(output_dir: Path, run: dict[str, Any], allowed: Collection[str]) -> None:
+    if (owner := begun(output_dir)) is None:
+        return
+    check_same_run(output_dir, owner["identity"], run["identity"], allowed)
+    if owner.get("llavaforge") != run["llavaforge"]:
+        before, now = owner.get("llavaforge"), run["llavaforge"]
+        logger.warning("%s was begun with llavaforge %s; this is %s", output_dir, before, now)

@@ -12,17 +12,20 @@ of processes:
 What is frozen is not in it: it is found in the base model, whose fingerprint `run.json` holds.
 """
 
-import json
+import errno
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llavaforge.engine.base import Engine, ParameterState
-from llavaforge.files import entry_of, publishing, replace_text, sync_path
+from llavaforge.errors import EndedElsewhere, UserError, naming
+from llavaforge.files import entry_of, not_published, publishing, replace_text, sync_path, to_json
+from llavaforge.model_folder.read import read_json
 from llavaforge.model_folder.tensors import name_shards, open_tensors, write_numbered
 
 logger = logging.getLogger(__name__)
@@ -36,43 +39,86 @@ _KEYS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 def save(
-    output_dir: Path, engine: Engine, step: int, train_state: dict[str, Any], run: dict[str, Any], keep: int
+    output_dir: Path,
+    engine: Engine,
+    step: int,
+    train_state: dict[str, Any],
+    run: dict[str, Any],
+    num_bytes: int,
+    keep: int,
 ) -> Path:
     """Publish `checkpoint-STEP`, move the `latest` pointer, and remove the oldest beyond `keep`.
 
     All processes call this; each writes, sums and flushes its share of the tensors, the writer publishes.
+
+    Args:
+        output_dir: of the run.
+        engine: gives the tensors.
+        step: steps done.
+        train_state: where the run stands.
+        run: what run this is.
+        num_bytes: of all tensors, looked for on the disk before anything is written.
+        keep: number of checkpoints.
+
+    Raises:
+        OSError: the disk is full, say; nothing is published then.
     """
     folder, world = output_dir / f"{PREFIX}{step}", engine.world
     if world.broadcast_object(folder.exists()):
         return folder
-    if not world.is_writer:
-        temporary = Path(world.broadcast_object(""))
-        world.all_gather_objects(_write_shards(temporary, engine))
-    else:
-        entries: dict[str, dict[str, Any]] = {}
-        with publishing(folder, entries) as temporary:
-            world.broadcast_object(str(temporary))
-            written = world.all_gather_objects(_write_shards(temporary, engine))
-            shards = [shard for mine in written for shard in mine]
-            paths = name_shards(temporary, STEM, [(name, tensors) for name, tensors, _ in shards])
-            entries |= {path.name: entry for path, (_, _, entry) in zip(paths, shards, strict=True)}
-            (temporary / TRAIN_STATE).write_text(json.dumps(train_state, indent=1) + "\n")
-            (temporary / RUN).write_text(json.dumps(run, indent=1) + "\n")
-        replace_text(output_dir / LATEST, folder.name + "\n")
-        _rotate(output_dir, keep)
-    world.barrier()
+    failure: OSError | None = None
+    try:
+        with ExitStack() as published:
+            entries: dict[str, dict[str, Any]] = {}
+
+            def begin() -> str:
+                if not world.is_writer:
+                    return ""
+                _check_free_space(output_dir, num_bytes)
+                return str(published.enter_context(publishing(folder, entries)))
+
+            temporary = Path(world.broadcast_object(world.run_on_all(begin)))
+            written = world.all_gather_objects(world.run_on_all(lambda: _write_shards(temporary, engine)))
+            if world.is_writer:
+                shards = [shard for mine in written for shard in mine]
+                paths = name_shards(temporary, STEM, [(name, tensors) for name, tensors, _ in shards])
+                entries |= {path.name: entry for path, (_, _, entry) in zip(paths, shards, strict=True)}
+                (temporary / TRAIN_STATE).write_text(to_json(train_state, indent=1) + "\n")
+                (temporary / RUN).write_text(to_json(run, indent=1) + "\n")
+        if world.is_writer:
+            replace_text(output_dir / LATEST, folder.name + "\n")
+            _rotate(output_dir, keep)
+    except OSError as error:
+        failure = error
+    except EndedElsewhere:  # another process's fault: it is raised again below, on all of them
+        pass
+
+    def check() -> None:
+        if failure is not None:
+            raise failure
+
+    world.run_on_all(check)
     return folder
 
 
 def load_train_state(folder: Path) -> dict[str, Any]:
-    """Read the counts of a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text())
-    return state
+    """Read the counts of a checkpoint.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    return read_json(folder / TRAIN_STATE)
 
 
 def load_run(folder: Path) -> dict[str, Any]:
-    """Read what run a checkpoint or a `final` belongs to."""
-    run: dict[str, Any] = json.loads((folder / RUN).read_text())
+    """Read what run a checkpoint or a `final` belongs to.
+
+    Raises:
+        UserError: that is damaged, or no run's.
+    """
+    run = read_json(folder / RUN)
+    if not isinstance(run.get("identity"), dict) or not isinstance(run.get("train_type"), str):
+        raise UserError(f"{folder / RUN}: does not say what run this is. Restore it, or give another folder.")
     return run
 
 
@@ -117,11 +163,24 @@ def steps_of(output_dir: Path) -> list[int]:
 
 def _write_shards(folder: Path, engine: Engine) -> list[tuple[str, list[str], dict[str, Any]]]:
     """Write the tensors that fall to this process; return file name, tensor names and manifest entry of each shard."""
-    shards = write_numbered(folder, f"{STEM}-of-{engine.world.rank:05d}", _flat(engine))
-    for path, _ in shards:
-        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
-        sync_path(path)
-    return [(path.name, names, entry_of(path)) for path, names in shards]
+    tensors = _flat(engine)
+    try:
+        with naming(folder):
+            shards = write_numbered(folder, f"{STEM}-of-{engine.world.rank:05d}", tensors)
+            for path, _ in shards:
+                path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
+                sync_path(path)
+            return [(path.name, names, entry_of(path)) for path, names in shards]
+    except OSError:
+        for _ in tensors:  # the other processes wait for this one in each of them
+            pass
+        raise
+
+
+def _check_free_space(folder: Path, num_bytes: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < num_bytes:
+        needed = f"a checkpoint takes {num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, needed, str(folder))
 
 
 def _flat(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,7 +192,11 @@ def _flat(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _rotate(output_dir: Path, keep: int) -> None:
     for step in steps_of(output_dir)[:-keep]:
+        folder = output_dir / f"{PREFIX}{step}"
         try:
-            shutil.rmtree(output_dir / f"{PREFIX}{step}")
+            if strangers := not_published(folder):
+                logger.warning("%s is kept: it holds what llavaforge did not write (%s)", folder, strangers[0])
+            else:
+                shutil.rmtree(folder)
         except OSError as error:
-            logger.warning("%s%d could not be removed: %s", PREFIX, step, error)
+            logger.warning("%s could not be removed: %s", folder, error)

@@ -4,7 +4,6 @@ Comes in: a folder of a run. Goes out: the trained tensors and the base model th
 merged into a new folder.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
 from llavaforge.errors import UserError
-from llavaforge.files import differences, fingerprint
+from llavaforge.files import differences, fingerprint, to_json
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.lora import LoraOptions, add_lora, lora_modules, merged_weight, trained_tensors
 from llavaforge.model_folder.tensors import open_tensors
@@ -98,7 +97,7 @@ def merge(output_dir: Path, trained: Trained, overwrite: bool = False) -> None:
             return merged_weight(base, trained.tensors, modules[name], trained.lora.scaling)
         return trained.tensors.get(name, base)
 
-    run = json.dumps(without_private_paths(trained.run), indent=1) + "\n"
+    run = to_json(without_private_paths(trained.run), indent=1) + "\n"
     update_model_folder(output_dir, trained.base, changed, overwrite=overwrite, extra_files={RUN: run})
 
 

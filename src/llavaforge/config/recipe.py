@@ -5,6 +5,7 @@ All verbs that take a recipe expand it here.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 FINAL = "final"
 MERGED = "merged"
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
+_TAKEN = {FINAL, MERGED}
 
 # Where the data is can be said in two ways: who says one of them takes back the other.
 _OTHER_WAY = {"data": ("data_path", "image_folder"), "data_path": ("data",)}
@@ -59,6 +62,14 @@ def stage_values(values: Mapping[str, Any], where: str) -> list[tuple[str, dict[
     names = [stage.get("name") for stage in stages]
     if any(not isinstance(name, str) or not name for name in names) or len(set(names)) != len(names):
         raise UserError(f"{where}: each stage needs a `name` of its own, found {names}.")
+    for stage in stages:
+        if "stages" in stage:
+            raise UserError(f"{where}: stage {stage['name']!r} has `stages` of its own. List all stages in one list.")
+        if not _STAGE_NAME.fullmatch(stage["name"]) or stage["name"].lower() in _TAKEN:
+            raise UserError(
+                f"{where}: stage {stage['name']!r:.100}: its name is that of a folder in output_dir: letters, digits, "
+                f"`-`, `_` and `.`, beginning with a letter or digit, and not {' or '.join(sorted(_TAKEN))}."
+            )
     if not stages:
         return [("", shared)]
     return [

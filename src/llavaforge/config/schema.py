@@ -12,10 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llavaforge.config.train_types import TRAIN_TYPES, TrainType
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+_LARGEST = 2**31 - 1
+PositiveInt = Annotated[int, Field(gt=0, le=_LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generators take
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+COLUMNS = (
+    "id", "image", "images", "conversations", "messages", "texts", "system", "question", "answer", "prompt",
+    "completion", "caption",
+)  # fmt: skip
+"""Our names of fields, for those of other names (`DataEntry.columns`)."""
 
 T = TypeVar("T")
 _CHANGEABLE = "changeable"
@@ -24,7 +32,7 @@ Changeable = Annotated[T, _CHANGEABLE]
 comes of it. All other options of `TrainConfig` identify the run (`identifying`)."""
 
 _MICRO_BATCH = 8
-_NO_BOUND = 2**31
+_WEEK_S = 7 * 24 * 3600
 
 
 def shipped_deepspeed() -> dict[str, Path]:
@@ -49,7 +57,9 @@ def identifying() -> dict[str, Any]:
 class Schema(BaseModel):
     """Base of all option classes."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True, allow_inf_nan=False
+    )
 
 
 class CustomizeModelConfig(Schema):
@@ -75,7 +85,7 @@ class CustomizeModelConfig(Schema):
     """Resize and centre-crop (the tower's own way), or pad to a square first (LLaVA-1.5)."""
     chat_template: Path | None = None
     """A Jinja file that replaces the tokenizer's chat template."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the projector's initial weights."""
     overwrite: bool = False
     """Replace a non-empty output folder."""
@@ -88,7 +98,7 @@ class MakeShapesConfig(Schema):
     """Folder to write; it must be empty or absent."""
     num_samples: PositiveInt = 2000
     """Number of training images; a tenth as many (at least 100) are held out."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generated scenes."""
 
 
@@ -99,7 +109,11 @@ class DataEntry(Schema):
     """A folder, a file, or a data set's name on the hub."""
     images: Path | None = None
     """Folder, .zip or .tar of its images (default: `images/`, `images.zip` or `images.tar` beside it)."""
-    format: Literal["auto", "llava", "sharegpt", "messages", "caption"] = "auto"
+    image_roots: list[Path] = []
+    """Folders outside of it that links in the image folder may lead to."""
+    columns: dict[str, str] = {}
+    """The rows' own names of fields: `{image: ..., question: ..., answer: ...}`, where they differ from ours."""
+    format: Literal["auto", "llava", "sharegpt", "messages", "texts", "question", "caption"] = "auto"
     """How its rows are written; `auto` tells by their fields."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the samples, relative to the other weights; an epoch keeps the size of all data together."""
@@ -114,6 +128,8 @@ class DataEntry(Schema):
     def _check(self) -> "DataEntry":
         if self.weight is not None and self.repeat is not None:
             raise ValueError("give weight or repeat, not both")
+        if unknown := sorted(set(self.columns) - set(COLUMNS)):
+            raise ValueError(f"columns: `{unknown[0]}` is none of our fields, which are {', '.join(COLUMNS)}")
         return self
 
 
@@ -126,8 +142,13 @@ class SampleOptions(Schema):
     """System message put before each conversation (chat style only)."""
     max_length: PositiveInt = 2048
     """Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit."""
+    special_tokens_in_text: Literal["split", "keep"] = "split"
+    """The model's special tokens in texts of the data: `split` them into plain text, or `keep` them as they are (boxes,
+    points). Those that the chat template writes itself are always split."""
     image_folder: Changeable[Path | None] = None
     """Folder, .zip or .tar of the images of `data_path`; found beside it when not given."""
+    image_roots: Changeable[list[Path]] = []
+    """Folders outside of the image folder that links in it may lead to."""
     cache_dir: Changeable[Path | None] = None
     """Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`)."""
 
@@ -156,12 +177,12 @@ class DataOptions(SampleOptions):
     """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
     gradient_accumulation_steps: Changeable[PositiveInt | None] = None
     """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of the sample order, LoRA's initial weights and dropout."""
 
     train_type: TrainType = "use_lora"
     """What learns. It decides how much work a sample is, and so which samples share a micro-batch."""
-    lora_r: PositiveInt = 128
+    lora_r: Annotated[int, Field(gt=0, le=65_536)] = 128
     """Rank of the LoRA matrices."""
     lora_alpha: PositiveInt = 256
     """LoRA's scale is `lora_alpha / lora_r`."""
@@ -206,7 +227,7 @@ class DataOptions(SampleOptions):
         """The data sets to train on."""
         if self.data_path is None:
             return self.data
-        return [DataEntry(path=self.data_path, images=self.image_folder)]
+        return [DataEntry(path=self.data_path, images=self.image_folder, image_roots=self.image_roots)]
 
     @property
     def eval_entries(self) -> list[DataEntry]:
@@ -214,14 +235,14 @@ class DataOptions(SampleOptions):
         if self.eval_data_path is None:
             return self.eval_data
         images = None if has_images_beside(self.eval_data_path) else self.image_folder
-        return [DataEntry(path=self.eval_data_path, images=images)]
+        return [DataEntry(path=self.eval_data_path, images=images, image_roots=self.image_roots)]
 
     @property
     def max_samples_per_batch(self) -> int:
         """Most samples in one micro-batch of one process."""
         if self.per_device_train_batch_size is not None:
             return self.per_device_train_batch_size
-        return _NO_BOUND if self.max_tokens_per_batch else _MICRO_BATCH
+        return _LARGEST if self.max_tokens_per_batch else _MICRO_BATCH
 
     def samples_per_step(self, num_processes: int = 1) -> int:
         """Return the global batch."""
@@ -274,10 +295,10 @@ class TrainConfig(DataOptions):
     eval_steps: Changeable[NonNegativeInt] = 0
     """Held-out loss every so many steps (0: only at the end)."""
 
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data (ignored when `max_steps` is given)."""
-    max_steps: NonNegativeInt = 0
-    """Number of optimizer steps; 0 derives it from `num_train_epochs`."""
+    num_train_epochs: Changeable[Annotated[float, Field(gt=0)]] = 1.0
+    """Passes over the data (ignored when `max_steps` is given). Raise it to go on with a finished run."""
+    max_steps: Changeable[NonNegativeInt] = 0
+    """Number of optimizer steps; 0 derives it from `num_train_epochs`. Raise it to go on with a finished run."""
     learning_rate: NonNegativeFloat | None = None
     """Of the language model or its LoRA (of the projector for `projector`). Default 2e-5; LoRA 2e-4; projector 1e-3."""
     projector_learning_rate: NonNegativeFloat | None = None
@@ -308,8 +329,10 @@ class TrainConfig(DataOptions):
     deepspeed: Changeable[str | None] = None
     """`zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several processes default
     to `zero2`, a single one to plain PyTorch."""
-    stuck_timeout_s: Changeable[Annotated[float, Field(ge=1)]] = 300.0
-    """Seconds after which a run of several processes is ended when one of them does not answer or gets nowhere."""
+    stuck_timeout_s: Changeable[Annotated[float, Field(ge=1, le=_WEEK_S)]] = 300.0
+    """Seconds after which a run is ended when a process does not answer or gets nowhere, or no image comes."""
+    max_skipped_steps: Changeable[NonNegativeInt] = 3
+    """Steps in a row that may be skipped because loss or gradient is not finite; after more the run ends."""
     dataloader_num_workers: Changeable[NonNegativeInt] = 2
     """Processes that decode images (0: the training process itself)."""
 
@@ -317,12 +340,16 @@ class TrainConfig(DataOptions):
     """A checkpoint every so many steps (0: none)."""
     save_total_limit: Changeable[PositiveInt] = 2
     """Newest checkpoints kept."""
+    on_save_error: Changeable[Literal["stop", "continue"]] = "stop"
+    """When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it."""
     logging_steps: Changeable[PositiveInt] = 1
     """A line of metrics.jsonl every so many steps."""
     report_to: Changeable[Literal["none", "tensorboard"]] = "none"
     """Where metrics go besides metrics.jsonl."""
     resume_from_checkpoint: Changeable[Literal["auto"] | Path] = "auto"
     """`auto` goes on from the newest valid checkpoint of `output_dir`; a path names one."""
+    allow_changes: Changeable[list[str]] = []
+    """Names of what identifies a run and may differ from before when it goes on, such as seed, data, base_model."""
 
     stages: Changeable[list[dict[str, Any]]] = []
     """Each entry is the recipe with some fields overridden (and a `name`); they run in order."""
@@ -382,7 +409,7 @@ class ChatConfig(Schema):
     """Longest answer."""
     temperature: NonNegativeFloat = 0.0
     """0 takes the likeliest token; above 0 samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling."""
 
 
@@ -435,5 +462,5 @@ class QuickstartConfig(Schema):
 
     output_dir: Path = Path("quickstart")
     """Where everything is written."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data, the projector and the sample order."""

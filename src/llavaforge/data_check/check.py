@@ -28,15 +28,21 @@ from llavaforge.data.order.plan import Plan, num_steps
 from llavaforge.data_check.charts import histogram
 from llavaforge.data_check.findings import Diagnosis, Finding, examine
 from llavaforge.data_check.forecast import Forecast, forecast
+from llavaforge.files import check_own, replace_text
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, load_without_weights
 from llavaforge.model.trainable import set_trainable
-from llavaforge.report.page import render
+from llavaforge.report.glyphs import visible
+from llavaforge.report.page import OWN_PAGE, render
 from llavaforge.results import DataCheckResult
 
 Mask = npt.NDArray[np.bool_]
 
 _EXAMPLES_SHOWN, _EXAMPLES_IN_REPORT = 3, 20
+_PAGE, _FINDINGS = "report.html", "findings.jsonl"
+# How the files begin that may be replaced (`files.check_own`).
+_OWN_FINDINGS = r'\{"kind": "\w+", "severity": "'
+_OWN_QUARANTINE = r'\{"source": ".*", "contents": "'
 
 
 def data_check(config: DataCheckConfig) -> DataCheckResult:
@@ -49,9 +55,15 @@ def data_check(config: DataCheckConfig) -> DataCheckResult:
     Raises:
         UserError: the data cannot be read at all, or the options contradict each other.
     """
+    if config.report is not None:
+        check_own(config.report / _PAGE, OWN_PAGE)
+        check_own(config.report / _FINDINGS, _OWN_FINDINGS)
+    if config.quarantine is not None:
+        check_own(config.quarantine, _OWN_QUARANTINE)
     loaded = load_without_weights(config.model_name_or_path) if config.model_name_or_path is not None else None
     index, held_out = _open(config, loaded)
-    found = examine(index, held_out, config.check_images)
+    crops = loaded is not None and loaded.preprocessing.crop is not None and loaded.preprocessing.pad_color is None
+    found = examine(index, held_out, config.check_images, crops)
     outlook = _outlook(config, loaded, index, held_out)
     errors, warnings = found.by_severity("error"), found.by_severity("warning")
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -69,7 +81,7 @@ def data_check(config: DataCheckConfig) -> DataCheckResult:
         "errors_by_kind": errors,
         "warnings_by_kind": warnings,
         "steps_per_epoch": outlook.steps_per_epoch if outlook else None,
-        "report": str(config.report / "report.html") if config.report else None,
+        "report": str(config.report / _PAGE) if config.report else None,
         "quarantine": str(config.quarantine) if config.quarantine else None,
     }
 
@@ -119,7 +131,7 @@ def _show(found: Diagnosis, console: Console) -> None:
             Text.assemble((f"{count:,} x {known.title}", style), f"  ({known.severity}: {kind})  {known.remedy}")
         )
         for finding in examples[:_EXAMPLES_SHOWN]:
-            console.print(Text(f"    {finding.source + ': ' if several else ''}{finding.fault}"))
+            console.print(Text(visible(f"    {finding.source + ': ' if several else ''}{finding.fault}")))
         if count > _EXAMPLES_SHOWN:
             console.print(f"    ... and {count - _EXAMPLES_SHOWN:,} more (--report DIR lists them)")
 
@@ -151,12 +163,12 @@ def _write_report(
     outlook: Forecast | None,
 ) -> None:
     assert config.report is not None
-    config.report.mkdir(parents=True, exist_ok=True)
-    with (config.report / "findings.jsonl").open("w") as file:
-        for finding in (*found.errors, *found.warnings):
-            kind, where = finding.fault.kind, finding.fault.where
-            told = {"kind": kind, "severity": KINDS[kind].severity, "source": finding.source, "record": where}
-            file.write(json.dumps(told | asdict(finding.fault)) + "\n")
+    lines = []
+    for finding in (*found.errors, *found.warnings):
+        kind, where = finding.fault.kind, finding.fault.where
+        told = {"kind": kind, "severity": KINDS[kind].severity, "source": finding.source, "record": where}
+        lines.append(json.dumps(told | asdict(finding.fault)) + "\n")
+    replace_text(config.report / _FINDINGS, "".join(lines), _OWN_FINDINGS)
     kinds = [(kind, KINDS[kind], count, examples[:_EXAMPLES_IN_REPORT]) for kind, count, examples in _by_kind(found)]
     page = render(
         Path(__file__).parent / "check.html.jinja",
@@ -168,7 +180,7 @@ def _write_report(
         outlook=outlook,
         charts=_charts(config, index, found),
     )
-    (config.report / "report.html").write_text(page, encoding="utf-8")
+    replace_text(config.report / _PAGE, page, OWN_PAGE)
 
 
 def _facts(config: DataCheckConfig, index: SampleIndex, held_out: Mask) -> dict[str, str]:
@@ -202,8 +214,5 @@ def _charts(config: DataCheckConfig, index: SampleIndex, found: Diagnosis) -> li
 
 
 def _write_quarantine(path: Path, errors: list[Finding]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for finding in errors:
-            told = {"source": finding.source, "contents": finding.contents, **asdict(finding.fault)}
-            file.write(json.dumps(told) + "\n")
+    lines = [{"source": one.source, "contents": one.contents, **asdict(one.fault)} for one in errors]
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines), _OWN_QUARANTINE)

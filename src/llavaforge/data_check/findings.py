@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from llavaforge.processes import workers
 from llavaforge.progress import Bar
 
 _IMAGES_PER_TASK = 32
+_LEAST_RANGE = 16  # of 256 grey levels: a 12-bit scan in a 16-bit file has so few
 _MOST_WARNINGS_KEPT = 1_000  # of each kind: a data set may have one per record
 
 Numbers = npt.NDArray[np.int64]
@@ -67,13 +68,14 @@ class Diagnosis:
         }
 
 
-def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool) -> Diagnosis:
+def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool, crops: bool) -> Diagnosis:
     """Examine data.
 
     Args:
         index: all of it, training and held-out.
         held_out: for each row, whether it is held out.
         decodes: decode every image.
+        crops: the model's image processor crops images that are no squares.
     """
     found = Diagnosis()
     for data_set in index.data_sets:
@@ -84,6 +86,10 @@ def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool) 
     places = np.stack([row_of_image, np.arange(len(keys)) - starts[row_of_image]], axis=1)
     identities = _decode_all(index, keys, places, found) if decodes else keys
     _compare_texts(index, found)
+    if crops:
+        for number in np.flatnonzero(index.column("has_boxes") & (index.num_images > 0)).tolist():
+            message = "a text holds a box, and the model's image processor crops images, so the box shifts."
+            found.add(_finding(index, number, "cut_boxes", message))
     _compare_records(index, held_out, places, identities, found)
     return found
 
@@ -95,6 +101,7 @@ class _Seen(NamedTuple):
     width: int
     height: int
     fault: tuple[str, str] | None
+    is_uniform: bool = False
 
 
 def _see(stores: Sequence[ImageStore], images: list[tuple[int, ImageRef]]) -> list[_Seen]:
@@ -106,7 +113,10 @@ def _see(stores: Sequence[ImageStore], images: list[tuple[int, ImageRef]]) -> li
             data = stores[data_set].read(ref)
             digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
             image = decode(data, stores[data_set].name(ref))
-            found.append(_Seen(digest, image.width, image.height, None))
+            extrema: Any = image.getextrema()  # of each channel
+            low, high = min(low for low, _ in extrema), max(high for _, high in extrema)
+            uniform = min(image.size) == 1 or high - low < _LEAST_RANGE
+            found.append(_Seen(digest, image.width, image.height, None, uniform))
         except (RecordError, ImageError) as error:
             found.append(_Seen(digest, 0, 0, (error.kind, str(error))))
     return found
@@ -120,6 +130,7 @@ def _decode_all(index: SampleIndex, keys: Numbers, places: Numbers, found: Diagn
     digest_of_key = np.arange(keys.max(initial=-1) + 1)
     found.image_sizes = np.zeros((len(first), 2), dtype=np.int64)
     faults: dict[int, tuple[str, str]] = {}
+    message = "its pixels are all but equal, or in a single line: nothing can be seen in it."
     with Bar("decoding images") as bar:
         for number, seen in enumerate(_seen_in_order(index, places[first])):
             key = int(keys[first[number]])
@@ -127,6 +138,8 @@ def _decode_all(index: SampleIndex, keys: Numbers, places: Numbers, found: Diagn
             found.image_sizes[number] = seen.width, seen.height
             if seen.fault is not None:
                 faults[key] = seen.fault
+            elif seen.is_uniform:
+                faults[key] = ("nothing_to_see", message)
             share = (number + 1) / len(first)
             bar.update(share, f"decoding: {number + 1} images, {100 * share:.0f} %, ")
     for at in np.flatnonzero(np.isin(keys, list(faults))).tolist():
@@ -153,6 +166,9 @@ def _compare_texts(index: SampleIndex, found: Diagnosis) -> None:
         cut = [f"{turns[number]} turns"] * bool(turns[number]) + [f"{tokens[number]} tokens"] * bool(tokens[number])
         message = f"{' and '.join(cut)} of it do not fit max_length."
         found.add(_finding(index, number, "shortened", message))
+    for number in np.flatnonzero(index.column("num_special_tokens")).tolist():
+        count = int(index.column("num_special_tokens")[number])
+        found.add(_finding(index, number, "special_tokens", f"its texts hold {count} of the model's special tokens."))
     for number in np.flatnonzero(index.column("num_literals")).tolist():
         found.add(_finding(index, number, "literal_placeholder", "a text holds `<image>`, which is kept as text."))
 

@@ -22,10 +22,11 @@ from llavaforge.data_preview.cards import Preview, StepPosition, make_bar, make_
 from llavaforge.data_preview.terminal import show
 from llavaforge.data_preview.tokens import Reader
 from llavaforge.errors import UserError
+from llavaforge.files import check_own, replace_text
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, load_without_weights
 from llavaforge.model.trainable import set_trainable
-from llavaforge.report.page import count, render
+from llavaforge.report.page import OWN_PAGE, count, render
 from llavaforge.results import DataPreviewResult
 
 # Of a step of thousands of micro-batches; those with samples that are shown come on top.
@@ -42,6 +43,8 @@ def data_preview(config: DataPreviewConfig) -> DataPreviewResult:
         UserError: the model or the data is at fault, no record is sound, or the page cannot be written. Faulty records
         and images are shown, not raised.
     """
+    if config.output is not None:
+        check_own(config.output, OWN_PAGE)
     loaded = load_without_weights(config.model_name_or_path)
     index = open_index(config.entries, loaded.processor, loaded.num_image_tokens, config)
     rows, faults_of_data_sets = drop_quarantined(index, config.quarantine)
@@ -59,7 +62,8 @@ def data_preview(config: DataPreviewConfig) -> DataPreviewResult:
     preview = _preview(config, loaded, index, plan, faults, len(held_out))
     output = str(config.output) if config.output is not None else None
     if config.output is not None:
-        _write(config.output, render(Path(__file__).parent / "preview.html.jinja", preview=preview))
+        page = render(Path(__file__).parent / "preview.html.jinja", preview=preview)
+        replace_text(config.output, page, OWN_PAGE)
     show(preview, Console(file=sys.stdout), output)
     return {"output": output, "num_samples": len(preview.cards)}
 
@@ -142,11 +146,3 @@ def _data_sets(index: SampleIndex, mixture: Mixture) -> list[tuple[str, int, int
         (data_set.source.name, len(rows), draws, round(draws * float(index.num_supervised[rows].mean())))
         for data_set, rows, draws in zip(index.data_sets, mixture.rows, mixture.draws, strict=True)
     ]
-
-
-def _write(path: Path, page: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: the page cannot be written ({error.strerror}). Give another --output.") from None

@@ -9,12 +9,13 @@ from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import ChatConfig, SampleOptions
 from llavaforge.data.pixels.decode import decode
 from llavaforge.data.pixels.preprocessing import Pixels
-from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Turn
+from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
 from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.inference.generate import Answerer, Question
 from llavaforge.model.attention import use_packed_attention
 from llavaforge.model.load import compute_dtype
+from llavaforge.report.glyphs import visible
 
 
 def chat(config: ChatConfig) -> None:
@@ -69,5 +70,5 @@ def _first_turn(prompt: str, pixels: Sequence[Pixels]) -> Turn:
 
 
 def _say(answer: str) -> None:
-    sys.stdout.write(answer + "\n")
+    sys.stdout.write((visible(answer) if sys.stdout.isatty() else answer) + "\n")
     sys.stdout.flush()

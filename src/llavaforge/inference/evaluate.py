@@ -6,7 +6,6 @@ Comes in: a model and a data set. Goes out: the summary, and `samples.jsonl`:
      "answer": "red", "correct": true, "exact_match": 1.0}
 """
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,9 +23,11 @@ from llavaforge.data.index.prepare import records_of
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.plan import MicroBatch, in_order
-from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record
+from llavaforge.data.rows.records import Record
+from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
 from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
+from llavaforge.files import check_own, replace_text, to_json
 from llavaforge.inference.generate import Answerer, Question
 from llavaforge.inference.metrics import METRICS
 from llavaforge.model.load import compute_dtype
@@ -36,6 +37,9 @@ from llavaforge.results import EvaluateResult
 logger = logging.getLogger(__name__)
 
 _SHORT_ANSWER_WORDS = 3
+_SAMPLES, _SUMMARY = "samples.jsonl", "summary.json"
+# How the files begin that may be replaced (`files.check_own`).
+_OWN = {_SAMPLES: r'\{"id": ".*", "image": .*, "question": ', _SUMMARY: r'\{\s*"num_samples": \d+,\s*"loss": '}
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
@@ -50,11 +54,19 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """
     if config.output_dir is not None and (config.output_dir / "run.json").is_file():
         raise UserError(f"{config.output_dir}: is a training run's folder. Give another --output_dir.")
+    for name, own in _OWN.items():
+        if config.output_dir is not None:
+            check_own(config.output_dir / name, own)
     loaded = open_model(config.model_name_or_path)
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
     cast_parameters(step_module, compute_dtype(config.bf16))
     step_module.to("cuda" if torch.cuda.is_available() else "cpu")
-    entry = DataEntry(path=config.data_path, images=config.image_folder, max_samples=config.max_samples)
+    entry = DataEntry(
+        path=config.data_path,
+        images=config.image_folder,
+        image_roots=config.image_roots,
+        max_samples=config.max_samples,
+    )
     index = open_checked_index([entry], loaded.processor, loaded.num_image_tokens, config)
     records = _as_cut(records_of(index.data_sets[0].source), index)
     dataset = PackDataset(
@@ -144,6 +156,5 @@ def _line(record: Record, loss: float, num_supervised: int, answer: str | None) 
 
 
 def _write(output_dir: Path, lines: list[dict[str, Any]], summary: EvaluateResult) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    replace_text(output_dir / _SAMPLES, "".join(to_json(line) + "\n" for line in lines), _OWN[_SAMPLES])
+    replace_text(output_dir / _SUMMARY, to_json(summary, indent=1) + "\n", _OWN[_SUMMARY])

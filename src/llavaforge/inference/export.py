@@ -18,11 +18,11 @@ from transformers import AutoProcessor
 from llavaforge.checkpoint.trained import Trained, merge, open_model, read_trained
 from llavaforge.config.schema import DataEntry, ExportConfig
 from llavaforge.data.faults import RecordError
-from llavaforge.data.index.open import cache_dir
 from llavaforge.data.index.prepare import records_of
 from llavaforge.data.pixels.decode import decode
 from llavaforge.data.rows.sources import find_source
 from llavaforge.errors import UserError
+from llavaforge.files import cache_dir
 from llavaforge.model_folder.read import read_processor
 from llavaforge.model_folder.verify import load_verified
 from llavaforge.model_folder.write import check_output_dir, update_model_folder
@@ -127,7 +127,7 @@ def _first_image(trained: Trained | None) -> tuple[Image.Image, str] | None:
     try:
         stated = trained.run["data"][0]  # absent in runs of llavaforge 0.1.0 of before December 2026
         entry = DataEntry(**{key: stated.get(key) for key in ("path", "images", "split")})
-        source = find_source(entry, cache_dir(None))
+        source = find_source(entry, cache_dir())
         record = next(record for record in records_of(source) if len(record.images) == 1)
         image = decode(source.images.read(record.images[0]), source.images.name(record.images[0]))
         return image, record.turns[-2].text.replace("<image>", "").strip() or "What is in this image?"

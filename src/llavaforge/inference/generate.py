@@ -14,7 +14,7 @@ import torch
 from llavaforge.config.schema import SampleOptions
 from llavaforge.data.index.open import sample_builder
 from llavaforge.data.pixels.preprocessing import Pixels
-from llavaforge.data.rows.records import Turn
+from llavaforge.data.rows.turns import Turn
 from llavaforge.model.attention import stock_attention
 from llavaforge.model.load import LoadedModel
 from llavaforge.model.tower import normalize

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llavaforge.errors import UserError
+from llavaforge.errors import reading
 from llavaforge.model_folder.read import read_json
 from llavaforge.model_folder.towers import TOWERS
 
@@ -50,10 +50,8 @@ def _own(folder: Path) -> Any:
     )
     if not stored:
         return None
-    try:
+    with reading(folder, "It is the image processor that does not load. Correct preprocessor_config.json."):
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{folder}: the image processor does not load: {error}") from None
 
 
 def _default(folder: Path, vision_config: Any) -> Any:

@@ -17,13 +17,14 @@ from transformers import LlavaConfig, LlavaProcessor
 from transformers.activations import ACT2FN
 
 from llavaforge.config.schema import CustomizeModelConfig
+from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.errors import UserError
 from llavaforge.join.image_processor import prepare_image_processor
-from llavaforge.join.projector import PROJECTOR, check_projector, new_projector, read_projector
 from llavaforge.join.prove import prove, refuse_settings_without_place
 from llavaforge.join.sources import HEAD, TOWER, Part, match_tensors, open_language_model, open_tower
 from llavaforge.join.tensors import EMBEDDING, JoinedTensors, compare_files, part_parameters, stock_shapes
 from llavaforge.join.tokenizer import IMAGE_TOKEN, prepare_tokenizer
+from llavaforge.model_folder.projector import PROJECTOR, check_projector, new_projector, read_projector
 from llavaforge.model_folder.read import read_generation_config
 from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.model_folder.towers import TOWERS
@@ -54,11 +55,12 @@ def customize_model(config: CustomizeModelConfig) -> CustomizeModelResult:
     tokenizer, image_token_id = prepare_tokenizer(language_model.folder, config.chat_template)
     joined_config = _config(config, tower, language_model, image_token_id)
     processor = _processor(config, tower, tokenizer, joined_config)
+    preprocessing = Preprocessing.of(processor.image_processor)
     tensors = _tensors(config, tower, language_model, joined_config)
 
     def check(folder: Path) -> None:
         compare_files(open_tensors(folder), tensors)
-        prove(folder, tower, language_model, joined_config)
+        prove(folder, tower, language_model, joined_config, preprocessing)
 
     write_model_folder(
         config.output_dir,

@@ -13,13 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlavaConfig
 from transformers.utils import logging as transformers_logging
 
-from llavaforge.errors import UserError
+from llavaforge.data.index.index import Row
+from llavaforge.data.load.pack import make_pack
+from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.errors import UserError, reason
 from llavaforge.join.sources import BODY, TOWER, Part
 from llavaforge.join.tokenizer import load_tokenizer
+from llavaforge.model.step import StepModule
 from llavaforge.model_folder.names import is_buffer
 from llavaforge.model_folder.verify import check_report, compare_logits, load_verified
 
@@ -37,6 +42,9 @@ _SETTINGS_WITHOUT_PLACE: dict[str, float | None] = {
 # The same operations on the same bytes give the same bits, but for one thing: a matrix product may take another path
 # when a memory-mapped tensor starts at another alignment. Relative to the largest value.
 _RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+# Of the loss of two texts of a few tokens; with other samples in view it is another by far.
+_PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 # Scripts, digits, spaces and newlines that tokenizers of every family split differently.
 _PROBE_TEXTS = (
@@ -61,14 +69,15 @@ def refuse_settings_without_place(folder: Path, config: Any) -> None:
             )
 
 
-def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig) -> None:
-    """Prove that the model in `folder` is its parts.
+def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig, preprocessing: Preprocessing) -> None:
+    """Prove that the model in `folder` is its parts, and that it can be trained.
 
     Args:
         folder: the complete model folder.
         tower: compared at `config.vision_feature_layer`, on a fixed random image.
         language_model: compared on fixed random token ids.
         config: of the joined model; all three models are loaded in its `dtype`.
+        preprocessing: of its image processor.
 
     Raises:
         UserError: they differ.
@@ -86,6 +95,7 @@ def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig) 
         model = load_verified(folder, dtype=config.dtype)
         logits = _logits(model, ids_BT)
         features = _features(model.model.vision_tower, pixels_NCHW, config.vision_feature_layer)
+        _prove_training(model, preprocessing, language_model.folder)
     compare_logits(
         expected_logits,
         logits,
@@ -100,7 +110,42 @@ def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig) 
         what=f"{tower.folder}: the joined model's tower is not this tower (image features, not logits)",
     )
     _compare_tokenizers(folder, language_model.folder)
-    log.info("Proved: text logits and image features equal the parts'.")
+    log.info("Proved: text logits and image features equal the parts'; a packed step trains.")
+
+
+def _prove_training(model: Any, preprocessing: Preprocessing, source: Path) -> None:
+    """Prove that packed texts do not see each other in this language model, and that its first layer gets a gradient.
+
+    (Some architectures pass nothing on to their attention, and so cannot know where a sample ends.)
+
+    Raises:
+        UserError: they do, or it cannot.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        Row(0, "probe", length, "", (), ids.numpy().astype("int32"), np.array([1, length]), length)
+        for length in (5, 9)
+        for ids in [torch.randint(0, model.config.text_config.vocab_size, (length,), generator=generator)]
+    ]
+    step_module = StepModule(model.requires_grad_(False), preprocessing)
+    first = next(model.model.language_model.layers[0].parameters()).requires_grad_()
+    try:
+        with torch.no_grad():
+            apart = sum(float(step_module(make_pack([row], [], -1, 1))) for row in rows)
+        together = step_module(make_pack(rows, [], -1, 1))
+        together.backward()
+        gradient = float(first.grad.float().norm()) if first.grad is not None else 0.0
+    except Exception as error:  # whatever an architecture does that was not made for this
+        raise UserError(
+            f"{source}: a model joined with it cannot be trained ({reason(error)}). Choose another language model."
+        ) from error
+    difference = abs(float(together) - apart) / apart
+    if not difference < _PACKED_TOLERANCE[model.dtype] or not 0 < gradient < float("inf"):
+        raise UserError(
+            f"{source}: a model joined with it cannot be trained: packed texts have another loss than one by one "
+            f"(relative difference {difference:.2g}; gradient of the first layer {gradient:.2g}). Choose another "
+            "language model."
+        )
 
 
 def _load(part: Part, dtype: torch.dtype) -> Any:

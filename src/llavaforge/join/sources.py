@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reading
 from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.names import is_buffer, to_module_name
-from llavaforge.model_folder.read import read_json, refuse_remote_code
+from llavaforge.model_folder.read import read_json, refuse_original_llava, refuse_remote_code
 from llavaforge.model_folder.tensors import TensorFiles, open_tensors
 from llavaforge.model_folder.towers import TOWERS
 
@@ -156,11 +156,10 @@ def _open(name: str) -> tuple[Path, Any]:
     folder = find_model_folder(name)
     content = read_json(folder / "config.json")
     refuse_remote_code(folder)
-    try:
+    refuse_original_llava(folder, content)
+    kind = str(content.get("model_type"))
+    with reading(folder / "config.json", f"transformers does not take it (model_type {kind[:50]!r}): correct it."):
         return folder, AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        kind = content.get("model_type")
-        raise UserError(f"{folder}/config.json: transformers does not take it (model_type {kind!r}): {error}") from None
 
 
 def _tower_name(stored: str) -> str | None:

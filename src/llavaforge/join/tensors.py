@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llavaforge.join.projector import PROJECTOR
 from llavaforge.join.sources import BODY, HEAD, TOWER
 from llavaforge.model_folder.names import to_file_name
+from llavaforge.model_folder.projector import PROJECTOR
 from llavaforge.model_folder.tensors import TensorFiles
 
 EMBEDDING = BODY + "embed_tokens.weight"

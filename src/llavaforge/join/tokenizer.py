@@ -4,17 +4,17 @@ Comes in: the language model's folder. Goes out: its tokenizer with what was mis
 is defaulted is said in a warning.
 """
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llavaforge.errors import UserError
-from llavaforge.model_folder.chat_template import default_chat_template
+from llavaforge.errors import UserError, reading, reason
+from llavaforge.model_folder.chat_template import bounded_rendering, default_chat_template
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,14 @@ def load_tokenizer(folder: Path) -> Any:
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make an empty one
         raise UserError(f"{folder}: has no tokenizer ({' or '.join(_TOKENIZER_FILES)}). Copy the model's own into it.")
-    try:
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        if importlib.util.find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{folder}: has its tokenizer as tokenizer.model only. `pip install sentencepiece protobuf` reads it "
+                "(and the joined model gets a tokenizer.json)."
+            )
+    with reading(folder, "It is the tokenizer that does not load. Copy its tokenizer.json again."):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: no tokenizer loads from this folder ({first}). Copy its tokenizer.json.") from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: only a slow tokenizer; a tokenizer.json is needed.")
     return tokenizer
@@ -73,12 +76,14 @@ def _chat_template(tokenizer: Any, folder: Path, given: Path | None) -> str:
     if given is not None:
         if not given.is_file():
             raise UserError(f"{given}: no such chat template file.")
-        template = given.read_text(encoding="utf-8")
+        with reading(given, "Give a Jinja template in UTF-8."):
+            template = given.read_text(encoding="utf-8")
         conversation = [{"role": "user", "content": "What?"}]
         try:
-            render_jinja_template([conversation], chat_template=template, **tokenizer.special_tokens_map)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{given}: the chat template does not render a simple question: {error}") from None
+            with bounded_rendering():
+                render_jinja_template([conversation], chat_template=template, **tokenizer.special_tokens_map)
+        except Exception as error:  # a template is a program: it may raise anything
+            raise UserError(f"{given}: does not render a simple question ({reason(error)}). Correct it.") from None
         return template
     own = tokenizer.chat_template
     if isinstance(own, dict):  # several named ones; `default` is the one for plain conversations

@@ -11,8 +11,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llavaforge.data.pixels.preprocessing import Preprocessing
-from llavaforge.join.projector import check_projector, read_projector
 from llavaforge.model_folder.hub import find_model_folder
+from llavaforge.model_folder.projector import check_projector, read_projector
 from llavaforge.model_folder.verify import load_verified, num_placeholders, read_checked
 
 
@@ -46,7 +46,7 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None, projector_fr
     Args:
         name_or_path: a model folder, or its name on the hub.
         dtype: type of the weights; None: as the folder says.
-        projector_from: a trained projector to put in place of the model's own (`join/projector.py`).
+        projector_from: a trained projector to put in place of the model's own (`model_folder/projector.py`).
 
     Raises:
         UserError: not a model folder, no processor, missing or unexpected tensors, or settings that do not fit

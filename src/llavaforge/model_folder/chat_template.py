@@ -6,10 +6,18 @@ stands in the text as `<image>`, with a newline between it and its neighbours:
     [{"type": "image"}, {"type": "text", "text": "What?"}]  ->  "<image>\nWhat?"
 """
 
-from collections.abc import Mapping
+import logging
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
+
+log = logging.getLogger(__name__)
 
 # Named `llavaforge` inside, so that it cannot meet a variable of the template that follows. Templates run in an
 # immutable sandbox: no list.append, hence `+ [...]`.
@@ -50,6 +58,9 @@ STRINGS_TO_LISTS = """\
 {%- set messages = llavaforge.messages %}
 """
 
+_LONGEST_S = 5
+_MOST_MEMORY = 1 << 30
+
 _CHATML = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + END + '\\n' }}
@@ -85,6 +96,33 @@ def accepting_strings_and_lists(template: str, tokens: Mapping[str, str]) -> str
     return (STRINGS_TO_LISTS if knows_lists and not knows_strings else LISTS_TO_STRINGS) + template
 
 
+def beginning_as_trained(template: str, tokens: Mapping[str, str]) -> str:
+    """Return the template with a generation prompt after which a rendered answer begins: what training teaches.
+
+    Qwen3's template puts an empty thought before the last answer, but not into the prompt for one: served so, a model
+    begins where it never learnt to go on.
+    """
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "PROBE"}]
+    trained, served = _render(template, turns, tokens), _render(template, turns[:1], tokens, add_generation_prompt=True)
+    if trained is None or served is None or served == (begin := trained.partition("PROBE")[0]):
+        return template
+    has_it = _render(template, turns[:1], tokens, add_generation_prompt=True, enable_thinking=False) == begin
+    unless = " and not (enable_thinking is defined and enable_thinking is false)" * has_it
+    rest = begin.removeprefix(served).replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    longer = template.removesuffix("\n") + f"{{% if add_generation_prompt{unless} %}}{{{{ '{rest}' }}}}{{% endif %}}"
+    if (
+        _render(longer, turns[:1], tokens, add_generation_prompt=True) == begin
+        and _render(longer, turns, tokens) == trained
+    ):
+        log.info("the template's prompt for an answer gets %r at its end, as in training", begin.removeprefix(served))
+        return longer
+    log.warning(
+        "the chat template begins an answer in training with %r and asks for one with %r: a model that is served with "
+        "it begins where it never learnt to go on. Give another: customize-model --chat_template.", begin, served,
+    )  # fmt: skip
+    return template
+
+
 def end_of_answer(template: str, tokenizer: Any) -> int | None:
     """Return the id of the token with which the template ends an answer (None where it writes none).
 
@@ -99,9 +137,58 @@ def end_of_answer(template: str, tokenizer: Any) -> int | None:
     return int(tokenizer.added_tokens_encoder[max(ends, key=len)]) if ends else None
 
 
-def _render(template: str, conversation: list[dict[str, Any]], tokens: Mapping[str, str]) -> str | None:
+@contextmanager
+def bounded_rendering(limits_memory: bool = True) -> Iterator[None]:
+    """Give up a template that does not end, or takes all memory: it is a program of other people's.
+
+    The time is bounded in the main thread, the memory on Linux.
+
+    Args:
+        limits_memory: bound the memory too, of the whole process: for the few renderings at the start.
+
+    Raises:
+        TimeoutError: after `_LONGEST_S`.
+        MemoryError: over `_MOST_MEMORY`.
+    """
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError(f"a chat template does not end within {_LONGEST_S} s")
+
+    timed = threading.current_thread() is threading.main_thread()
+    if timed:
+        before = signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, _LONGEST_S)
+    limits = _limit_memory() if limits_memory else None
     try:
-        rendered, _ = render_jinja_template([conversation], chat_template=template, **tokens)
+        yield
+    finally:
+        if limits is not None:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _limit_memory() -> tuple[int, int] | None:
+    """Bound this process's memory; return the limits of before, None where it cannot be done."""
+    try:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        bound = in_use + _MOST_MEMORY
+        if soft != resource.RLIM_INFINITY and soft < bound:
+            return None
+        resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
+    except (OSError, ValueError):
+        return None
+    return soft, hard
+
+
+def _render(
+    template: str, conversation: list[dict[str, Any]], tokens: Mapping[str, str], **options: bool
+) -> str | None:
+    try:
+        with bounded_rendering():
+            rendered, _ = render_jinja_template([conversation], chat_template=template, **tokens, **options)
     except Exception:  # whatever a template raises at what it does not know
         return None
     return str(rendered[0])

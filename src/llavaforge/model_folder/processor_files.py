@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlavaProcessor
 
-from llavaforge.model_folder.chat_template import accepting_strings_and_lists
+from llavaforge.model_folder.chat_template import accepting_strings_and_lists, beginning_as_trained
 from llavaforge.model_folder.config_files import write_json
 from llavaforge.model_folder.read import read_json
 
@@ -29,6 +29,7 @@ def write_processor(folder: Path, processor: LlavaProcessor) -> None:
     accepting = None
     if isinstance(template, str):
         accepting = accepting_strings_and_lists(template, tokenizer.special_tokens_map)
+        accepting = beginning_as_trained(accepting, tokenizer.special_tokens_map)
         (folder / "chat_template.jinja").write_text(accepting)
         write_json(folder / "chat_template.json", {"chat_template": accepting})  # where processors before 4.49 look
     write_json(folder / "preprocessor_config.json", _preprocessor_json(processor))

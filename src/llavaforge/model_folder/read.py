@@ -5,15 +5,18 @@ Comes in: a folder written by us or in llava-hf's style. Goes out: transformers'
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProcessor
 
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reading
 from llavaforge.model_folder.towers import TOWERS
 
 log = logging.getLogger(__name__)
+
+_COPY_AGAIN = "Correct it, or download or copy it again."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -26,8 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing. Give a folder as `save_pretrained` or a hub download leaves it.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise UserError(f"{path}: not valid JSON in UTF-8 ({error}). Download or copy it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content
@@ -47,6 +50,20 @@ def refuse_remote_code(folder: Path) -> None:
             )
 
 
+def refuse_original_llava(folder: Path, content: Mapping[str, Any]) -> None:
+    """Refuse LLaVA's own layout (`LlavaLlamaForCausalLM`), which shares its `model_type` with transformers' LLaVA.
+
+    Raises:
+        UserError: the folder has it; names the way.
+    """
+    if content.get("model_type") in ("llava", "llava_llama", "llava_mistral") and "text_config" not in content:
+        raise UserError(
+            f"{folder}: is a LLaVA in its authors' own layout ({', '.join(content.get('architectures') or ['?'])}), "
+            "which transformers does not open. Take its conversion of the same weights, such as "
+            "llava-hf/llava-1.5-7b-hf for liuhaotian/llava-v1.5-7b; an mm_projector.bin is taken by --projector_from."
+        )
+
+
 def read_config(folder: Path) -> LlavaConfig:
     """Return the config of a LLaVA folder.
 
@@ -55,19 +72,23 @@ def read_config(folder: Path) -> LlavaConfig:
     """
     content = read_json(folder / "config.json")
     refuse_remote_code(folder)
+    refuse_original_llava(folder, content)
     if content.get("model_type") != "llava":
         raise UserError(
             f"{folder}: is a `{content.get('model_type')}`, not a LLaVA. "
             "Join a vision tower and a language model with `llavaforge customize-model`."
         )
-    return LlavaConfig.from_pretrained(folder)
+    with reading(folder / "config.json", _COPY_AGAIN):
+        return LlavaConfig.from_pretrained(folder)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
     """Return a folder's generation config, or an empty one (which the writer completes)."""
-    if (folder / "generation_config.json").is_file():
+    if not (folder / "generation_config.json").is_file():
+        return GenerationConfig()
+    read_json(folder / "generation_config.json")
+    with reading(folder / "generation_config.json", _COPY_AGAIN):
         return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig()
 
 
 def read_processor(folder: Path) -> LlavaProcessor:
@@ -85,10 +106,8 @@ def read_processor(folder: Path) -> LlavaProcessor:
                 "it was made from into it, or write the folder anew with `llavaforge customize-model`."
             )
     refuse_remote_code(folder)
-    try:
+    with reading(folder, f"It is the processor (tokenizer, image processor) that does not load. {_COPY_AGAIN}"):
         processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: the processor does not load: {error}") from None
     if not isinstance(processor, LlavaProcessor):
         raise UserError(f"{folder}: holds a {type(processor).__name__}, not a complete LlavaProcessor.")
     _complete(processor, folder)

@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reason
+from llavaforge.files import is_inside
+from llavaforge.model_folder.read import read_json
 
 MAX_SHARD_BYTES = 2 * 1000**3
 # A file mapped by torch.load keeps every page it touched; mapping it anew after this many bytes lets them go.
@@ -177,7 +179,8 @@ class _SafetensorsFile:
                     self.shapes[name] = tuple(stored.get_shape())
                     self.dtypes[name] = _DTYPES[stored.get_dtype()]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}). Download or copy it again.") from None
+            told = reason(error)
+            raise UserError(f"{path}: not a readable safetensors file ({told}). Download or copy it again.") from None
         except KeyError as error:
             raise UserError(f"{path}: tensor `{name}` has the type {error}; quantised weights are not taken.") from None
 
@@ -207,10 +210,14 @@ class _PickleFile:
     def _map(self) -> dict[str, torch.Tensor]:
         try:
             loaded = _load_pickle(self.path)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            first_line = str(error).splitlines()[0]
+        except pickle.UnpicklingError:  # whose text advises to switch the safety off
             raise UserError(
-                f"{self.path}: cannot be read safely as tensors ({first_line}). "
+                f"{self.path}: holds more than tensors, such as code, which is never run. Give safetensors files, or a "
+                ".bin written by torch.save that holds tensors only."
+            ) from None
+        except Exception as error:
+            raise UserError(
+                f"{self.path}: cannot be read as tensors ({reason(error)}). "
                 "Give safetensors files, or a .bin written by torch.save that holds tensors only."
             ) from None
         if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
@@ -239,10 +246,10 @@ def _find(folder: Path, stem: str) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    try:
-        names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
-        raise UserError(f"{index}: not an index of shards (JSON with a `weight_map`).") from None
+    weight_map = read_json(index).get("weight_map")
+    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and is_inside(name) for name in names):
+        raise UserError(f"{index}: not an index of shards (a `weight_map` to files of its folder). Copy it again.")
     for name in names:
         if not (index.parent / name).is_file():
             raise UserError(f"{index.parent / name}: missing, but {index.name} names it. Download or copy it again.")

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reading
 from llavaforge.model_folder.read import read_config, read_processor
+from llavaforge.model_folder.tensors import open_tensors
 
 
 def read_checked(folder: Path) -> tuple[LlavaConfig, LlavaProcessor]:
@@ -63,12 +63,11 @@ def load_verified(
     if processor is None:
         _, processor = read_checked(folder)
     disable_progress_bar()  # it takes longer to read than the weights take to load
-    try:
+    open_tensors(folder)  # names a damaged file, and a pickle that holds code, before transformers meets it
+    with reading(folder, "It is the model that does not load. Copy or download the folder again."):
         model, report = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the weights cannot be read ({error}). Copy or download the folder again.") from None
     check_report(folder, report)
     _check_image_tokens(folder, model, processor)
     return model.eval()

@@ -103,7 +103,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
@@ -115,9 +115,10 @@ def signals_blocked() -> Iterator[None]:
     then delivered. The mask is this thread's: where another thread (a library's) takes the signal, Python would still
     run the handler here, so the handlers are put aside as well.
     """
-    resource_tracker.ensure_running()  # its start lifts the mask
     came: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    resource_tracker.ensure_running()  # blocked, since USR1 and HUP would end it; its start lifts a part of the mask
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _STOPS}

@@ -20,6 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llavaforge.report.glyphs import glyphs
 
+OWN_PAGE = r'\s*<!doctype html>(?s:.){1,200}<meta name="generator" content="llavaforge">'
+"""How our pages begin (`files.check_own`)."""
+
 
 def render(template: Path, **values: Any) -> str:
     """Render a template, which may extend and import those of this folder and of its own.

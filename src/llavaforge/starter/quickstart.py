@@ -32,7 +32,7 @@ from llavaforge.config.schema import (
     QuickstartConfig,
     TrainConfig,
 )
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reading
 from llavaforge.inference.evaluate import evaluate
 from llavaforge.inference.export import export
 from llavaforge.join.parts import customize_model
@@ -149,7 +149,8 @@ class _Acts:
 def _claim(config: QuickstartConfig) -> None:
     marker = config.output_dir / _MARKER
     if marker.is_file():
-        seed = json.loads(marker.read_text())["seed"]
+        with reading(marker, "Give another --output_dir."):
+            seed = json.loads(marker.read_text())["seed"]
         if seed != config.seed:
             raise UserError(f"{config.output_dir}: a quickstart of seed {seed}. Give another --output_dir.")
         return

@@ -8,14 +8,15 @@ line (step 0: left out when the data was prepared):
      "path": "a.jpg"}
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llavaforge.data.faults import Fault
 from llavaforge.errors import UserError
+from llavaforge.files import append_line, read_json_lines, replace_text, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,11 @@ class BadSamples:
         self._seen = dict.fromkeys(seen)
         if not self._is_writer:
             return
-        lines = self._path.read_text().splitlines() if self._path.is_file() else []
-        kept = [line for line in lines if 0 < json.loads(line)["step"] <= start_step]
+        lines = read_json_lines(self._path)
+        kept = [line for line in lines if isinstance(line.get("step"), int) and 0 < line["step"] <= start_step]
         kept = [_line(0, False, fault) for fault in self._left_out] + kept
-        if kept or lines:
-            self._path.write_text("".join(line + "\n" for line in kept))
+        if kept or self._path.is_file():
+            replace_text(self._path, "".join(to_json(line) + "\n" for line in kept))
 
     @property
     def in_images(self) -> list[str]:
@@ -78,8 +79,7 @@ class BadSamples:
             return
         for fault in new.values():
             logger.warning("left out: %s", fault)
-        with self._path.open("a") as file:
-            file.writelines(_line(step, held_out, fault) + "\n" for fault in new.values())
+            append_line(self._path, _line(step, held_out, fault))
 
     def log_summary(self) -> None:
         """Say at the end what was left out."""
@@ -103,5 +103,5 @@ def check_bound(name: str, faults: Sequence[Fault], bound: int) -> None:
         )
 
 
-def _line(step: int, held_out: bool, fault: Fault) -> str:
-    return json.dumps({"step": step, "held_out": held_out, **asdict(fault)})
+def _line(step: int, held_out: bool, fault: Fault) -> dict[str, Any]:
+    return {"step": step, "held_out": held_out, **asdict(fault)}

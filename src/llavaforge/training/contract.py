@@ -18,6 +18,7 @@ from llavaforge.data.text.sample import Sample
 from llavaforge.engine.base import Engine
 from llavaforge.errors import UserError
 from llavaforge.model.trainable import Group
+from llavaforge.report.glyphs import visible
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.state import TrainState
 
@@ -125,7 +126,8 @@ def show_sample(sample: Sample, decode: Callable[[list[int]], str], console: Con
     """Print one sample as the model sees it, the supervised text in green and, outside a terminal, in [[ ]]."""
     text, mark = Text(), "{}" if console.is_terminal else "[[{}]]"
     for supervised, ids in _runs(sample):
-        text.append(mark.format(decode(ids)) if supervised else decode(ids), "black on green" if supervised else "")
+        shown = visible(decode(ids))
+        text.append(mark.format(shown) if supervised else shown, "black on green" if supervised else "")
     how = "marked" if console.is_terminal else "in [[ ]]"
     console.print(
         Text(f"One sample ({sample.length} tokens, {sample.num_supervised} supervised, {how}):", style="bold")

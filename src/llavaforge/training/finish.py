@@ -4,18 +4,18 @@ Comes in: the engine's float32 weights. Goes out: a plain model folder, or for L
 projector.
 """
 
-import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from llavaforge.checkpoint.state import RUN, without_private_paths
+from llavaforge.checkpoint.state import RUN, load_run, steps_of, without_private_paths
 from llavaforge.checkpoint.trained import merge, read_trained
 from llavaforge.config.recipe import FINAL, result_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.engine.base import Engine
 from llavaforge.errors import UserError
-from llavaforge.files import publishing
+from llavaforge.files import MANIFEST, differences, not_published, publishing, set_aside, to_json
 from llavaforge.model.lora import adapter_tensors, peft_config
 from llavaforge.model.trainable import lora_options
 from llavaforge.model_folder.processor_files import write_processor
@@ -40,14 +40,14 @@ def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: Train
     trained = dict(engine.masters())
     if engine.world.is_writer:
         if lora is None:
-            shared = json.dumps(without_private_paths(run), indent=1) + "\n"
-            update_model_folder(folder, base, trained, extra_files={RUN: shared})
+            shared = to_json(without_private_paths(run), indent=1) + "\n"
+            update_model_folder(folder, base, trained, _makes_room(folder), extra_files={RUN: shared})
         else:
-            with publishing(folder) as temporary:
+            with publishing(folder, overwrite=_makes_room(folder)) as temporary:
                 write_shards(temporary, "adapter_model", adapter_tensors(trained).items(), max_shard_bytes=2**62)
                 peft_config(lora, _portable(opened.config.model_name_or_path)).save_pretrained(temporary)
                 write_processor(temporary, opened.loaded.processor)
-                (temporary / RUN).write_text(json.dumps(run, indent=1) + "\n")
+                (temporary / RUN).write_text(to_json(run, indent=1) + "\n")
         logger.info("finished model: %s", folder)
     engine.world.barrier()
 
@@ -58,25 +58,82 @@ def _portable(name_or_path: str) -> str:
     return os.path.relpath(path) if path.is_absolute() else name_or_path
 
 
-def check_pointer(output_dir: Path) -> None:
+def check_pointer(output_dir: Path, stages: Sequence[TrainConfig]) -> None:
     """Check that `final` of a run with stages, which points to the newest stage's, is free or such a pointer.
 
     Raises:
-        UserError: a file or folder of that name is in the way.
+        UserError: a file or folder of that name is in the way, or a link to something else.
     """
     pointer = output_dir / FINAL
-    if pointer.exists() and not pointer.is_symlink():
+    ours = {str(Path(stage.output_dir.name) / FINAL) for stage in stages}
+    if os.path.lexists(pointer) and not (pointer.is_symlink() and os.readlink(pointer) in ours):
         raise UserError(f"{pointer}: is in the way of the link to the last stage's model. Move it, or train elsewhere.")
 
 
-def leave_result(stage: TrainConfig, output_dir: Path) -> None:
+def leave_result(stage: TrainConfig, output_dir: Path, stages: Sequence[TrainConfig]) -> None:
     """After a stage: merge a LoRA for the stage that follows, and point `output_dir/final` to the newest result."""
-    if stage.uses_lora and not result_of(stage).is_dir():
-        trained = read_trained(stage.output_dir / FINAL)
+    final, merged = stage.output_dir / FINAL, result_of(stage)
+    if stage.uses_lora and not _is_merged(final, merged):
+        trained = read_trained(final)
         assert trained is not None
-        merge(result_of(stage), trained)
-        logger.info("%s: LoRA merged into %s", stage.output_dir.name, result_of(stage))
-    check_pointer(output_dir)
+        merge(merged, trained, overwrite=_makes_room(merged))
+        logger.info("%s: LoRA merged into %s", stage.output_dir.name, merged)
+    check_pointer(output_dir, stages)
     pointer = output_dir / FINAL
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(Path(stage.output_dir.name) / FINAL, target_is_directory=True)
+
+
+def finished_result(final: Path, num_steps: int) -> TrainResult | None:
+    """Return the result of a run that has taken all its steps; a damaged `final` is moved aside, to be written again.
+
+    Args:
+        final: `output_dir/final`.
+        num_steps: that the run is to take.
+
+    Returns:
+        None when steps are left to take, or only `final` is to be written.
+
+    Raises:
+        UserError: more steps were taken than asked for, there is no checkpoint to go on from, or something else is in
+        the way of `final`.
+    """
+    if not os.path.lexists(final) or (final.is_dir() and not any(final.iterdir())):
+        return None
+    if final.is_symlink() or not final.is_dir() or not any((final / name).is_file() for name in (RUN, MANIFEST)):
+        raise UserError(f"{final}: is in the way of the finished model. Move it, or give another output_dir.")
+    found = differences(final)
+    num_done = 0 if found else int(load_run(final)["result"]["global_step"])
+    if num_done == num_steps:
+        result: TrainResult = load_run(final)["result"]
+        return result
+    if num_done > num_steps:
+        raise UserError(
+            f"{final}: {num_done} steps were taken already, more than the {num_steps} asked for. Ask for more, or give "
+            "another output_dir."
+        )
+    if not steps_of(final.parent):
+        what = f"is damaged ({'; '.join(found)})" if found else f"was trained for {num_done} of {num_steps} steps"
+        raise UserError(f"{final}: {what}, and no checkpoint is left to go on from. Give another output_dir.")
+    if found:
+        logger.warning("%s is damaged (%s): written again, kept as %s", final, "; ".join(found), set_aside(final).name)
+    return None
+
+
+def _makes_room(folder: Path) -> bool:
+    """Move a folder aside in which something is not ours; say whether one is left that may be replaced."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if not_published(folder):
+        logger.warning("%s holds more than llavaforge wrote: kept as %s", folder, set_aside(folder).name)
+        return False
+    return True
+
+
+def _is_merged(final: Path, merged: Path) -> bool:
+    """Say whether a merged folder is there, sound and of this very `final`."""
+    if not merged.is_dir() or differences(merged):
+        return False
+    keys = ("global_step", "train_loss")
+    one, other = (load_run(folder)["result"] for folder in (final, merged))
+    return all(one[key] == other[key] for key in keys)

@@ -4,14 +4,17 @@ All processes agree first, and what is done so far is saved, so that nothing is 
 """
 
 import logging
+import statistics
+from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from llavaforge.config.schema import TrainConfig
 from llavaforge.data.faults import Fault
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import Engine, StepResult
-from llavaforge.errors import StoppedEarly, UserError
+from llavaforge.errors import RunFailed, StoppedEarly, UserError, reason
+from llavaforge.files import append_line
 from llavaforge.training.bad_samples import BadSamples
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.saving import Saver
@@ -20,7 +23,9 @@ from llavaforge.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-_MOST_SKIPPED_IN_A_ROW = 3
+_SPIKE_WINDOW, _SPIKE_SIGMAS = 128, 6
+_MOST_RECORDS_SHOWN = 8
+_UNUSUAL = "unusual_steps.jsonl"
 
 
 class Guards:
@@ -40,7 +45,9 @@ class Guards:
             config.output_dir, opened.data.left_out, config.max_bad_samples, self._world.is_writer
         )
         self.bad_samples.resume(state.step, state.bad_samples)
+        self._opened, self._unusual = opened, config.output_dir / _UNUSUAL
         self._num_skipped_in_a_row = 0
+        self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
 
     def agree(self, fault: UserError | None, stop: StopRequest) -> None:
         """Stop on all processes when one must.
@@ -56,12 +63,13 @@ class Guards:
         self._world.at_step(self.state.step + 1, "waiting for the other processes to have read their images")
         has_fault, code = self._world.all_reduce_max([float(fault is not None), float(stop.exit_code)])
         if has_fault:
-            texts = self._world.all_gather_objects(str(fault) if fault else "")
-            self._stop_for(next(text for text in texts if text))
+            faults = self._world.all_gather_objects((str(fault), fault.exit_code) if fault else None)
+            text, exit_code = next(one for one in faults if one)
+            self._stop_for(text, RunFailed if exit_code == RunFailed.exit_code else UserError)
         if code:
             saved = self._saver.save_what_is_done()
-            where = f"after step {self.state.step}; start again to go on from {saved}" if saved else ""
-            self._world.fail(StoppedEarly(f"stopped {where or 'before step 1; start again'}", int(code)))
+            text = f"stopped after step {self.state.step}. {saved} Start again to go on."
+            self._world.fail(StoppedEarly(text, int(code)))
 
     def leave_out(self, packs: Sequence[Pack]) -> int:
         """Count and list the samples of this step that could not be read; return its supervised tokens without them.
@@ -96,26 +104,99 @@ class Guards:
             self._stop_for(str(error))
         self.state.bad_samples = self.bad_samples.in_images
 
-    def count_skip(self, result: StepResult) -> None:
-        """Count a step that did not happen, and stop after several in a row.
+    def look_at(self, result: StepResult, line: dict[str, Any]) -> None:
+        """Look at a step that was taken: count it if it was skipped, list it if its loss is unusual.
+
+        Args:
+            result: of the step.
+            line: its metrics.
 
         Raises:
-            FloatingPointError: that many gradients were not finite.
+            RunFailed: too many steps in a row were not finite.
         """
         self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if result.skipped else 0
-        if not result.skipped:
+        if result.skipped:
+            self.state.num_skipped += 1
+            self._list_unusual(line, "its loss or gradient is not finite, so it is skipped")
+            if self._num_skipped_in_a_row > self._opened.config.max_skipped_steps:
+                self._world.fail(
+                    RunFailed(
+                        f"{self._num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
+                        f"(max_skipped_steps {self._opened.config.max_skipped_steps}): lower the learning rate, look "
+                        f"at the records in {self._unusual}, or train with --bf16 false to see whether the model or "
+                        f"the precision is at fault. {self._saver.newest()}"
+                    )
+                )
             return
-        self.state.num_skipped += 1
-        logger.warning("step %d skipped: its gradient is not finite", self.state.step)
-        if self._num_skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
-            error = FloatingPointError(
-                f"{_MOST_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite: lower the learning rate, "
-                "or train with --bf16 false to see whether the model or the precision is at fault."
-            )
-            self._world.fail(error)
+        loss = float(line["loss"])
+        if len(self._losses) == _SPIKE_WINDOW:
+            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            if loss > mean + _SPIKE_SIGMAS * deviation:
+                self._list_unusual(line, f"its loss {loss:.4g} is far above the last {_SPIKE_WINDOW} steps' {mean:.4g}")
+        self._losses.append(loss)
 
-    def _stop_for(self, fault: str) -> NoReturn:
-        """Stop on all processes for a fault of the data."""
-        saved: Path | None = self._saver.save_what_is_done()
-        done = f"The {self.state.step} steps done so far are saved in {saved}" if saved else "No step was done yet"
-        self._world.fail(UserError(f"{fault}\n{done}; mend the data and start again."))
+    def check_learnt(self) -> None:
+        """Check at the end of a run that it learnt something.
+
+        Raises:
+            RunFailed: all of its steps were skipped.
+        """
+        if self.state.step and self.state.num_skipped == self.state.step:
+            self._world.fail(
+                RunFailed(
+                    f"all {self.state.step} steps were skipped, since loss or gradient was not finite: nothing was "
+                    "learnt, and no finished model is written. Look at the data, the image processor's numbers "
+                    "(image_std) and the learning rate; --bf16 false tells whether the precision is at fault."
+                )
+            )
+
+    def out_of_memory(self, error: BaseException, weights_are_whole: bool) -> NoReturn:
+        """End the run when a step finds no memory.
+
+        Args:
+            error: says what was asked for.
+            weights_are_whole: the step had not begun to change them. They are saved then, if this is the only process
+                (others wait for this one in the middle of a step).
+
+        Raises:
+            RunFailed: with what to lower.
+        """
+        saved = self._saver.newest()
+        if self._world.size == 1 and weights_are_whole:
+            saved = self._saver.save_what_is_done()
+        raise RunFailed(
+            f"step {self.state.step + 1}: out of memory ({reason(error)}). {saved} Lower what a step holds, and start "
+            f"again: {'; '.join(_savings(self._opened.config))}."
+        ) from error
+
+    def _list_unusual(self, line: dict[str, Any], what: str) -> None:
+        """Tell of a step, and list its records in `unusual_steps.jsonl`."""
+        rows = (self._opened.data.index.row(int(number)) for number in self._opened.plan.global_batch(line["step"] - 1))
+        records = [row.where for row in rows]
+        shown = ", ".join(records[:_MOST_RECORDS_SHOWN]) + ", ..." * (len(records) > _MOST_RECORDS_SHOWN)
+        if self._world.is_writer:
+            logger.warning("step %d: %s. Its records: %s", line["step"], what, shown)
+            told = {"step": line["step"], "loss": line["loss"], "grad_norm": line["grad_norm"], "what": what}
+            append_line(self._unusual, told | {"records": records})
+
+    def _stop_for(self, fault: str, kind: type[UserError] = UserError) -> NoReturn:
+        """Stop on all processes for a fault of the data, or of its reading."""
+        self._world.fail(kind(f"{fault}\n{self._saver.save_what_is_done()} Mend that and start again."))
+
+
+def _savings(config: TrainConfig) -> list[str]:
+    """Return what would lower the memory of a step, the cheapest first; the global batch stays what it is."""
+    found = []
+    if not config.gradient_checkpointing:
+        found.append("--gradient_checkpointing true")
+    if config.max_tokens_per_batch:
+        found.append(f"--max_tokens_per_batch {config.max_tokens_per_batch // 2}")
+    elif config.max_samples_per_batch > 1:
+        found.append(f"--per_device_train_batch_size {config.max_samples_per_batch // 2}")
+    found.append(f"--max_length below {config.max_length}")
+    if config.train_type == "full":
+        found.append("--train_type freeze_vision or use_lora")
+    elif config.train_type == "freeze_vision":
+        found.append("--train_type use_lora")
+    found.append("more GPUs with --deepspeed zero3, or zero3-offload")
+    return found

@@ -6,15 +6,14 @@ Comes in: counts per step. Goes out: `output_dir/metrics.jsonl`, `loss.png`, lin
      "tokens_per_s": 19501.0, "mfu": 0.31}
 """
 
-import json
-import logging
+import io
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+from llavaforge.files import append_line, read_json_lines, replace_bytes, replace_text, to_json
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -30,24 +29,16 @@ class MetricsFile:
     def __init__(self, output_dir: Path, start_step: int) -> None:
         self._path = output_dir / METRICS
         kept = [line for line in read_metrics(output_dir) if line["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        replace_text(self._path, "".join(to_json(line) + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        append_line(self._path, values)
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
-    path = output_dir / METRICS
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: left out an incomplete line", path)
-    return lines
+    """Return the lines of metrics.jsonl; one that a kill cut is left out."""
+    return [line for line in read_json_lines(output_dir / METRICS) if isinstance(line.get("step"), int)]
 
 
 def draw_curve(output_dir: Path) -> None:
@@ -68,7 +59,9 @@ def draw_curve(output_dir: Path) -> None:
     axes.set(xlabel="step", ylabel="loss per supervised token", title=str(output_dir))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output_dir / CURVE, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    replace_bytes(output_dir / CURVE, picture.getvalue())
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

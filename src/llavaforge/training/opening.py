@@ -31,6 +31,8 @@ from llavaforge.training.bad_samples import check_bound
 
 logger = logging.getLogger(__name__)
 
+_WAIT_SHARE = 0.8  # of `stuck_timeout_s`, for images: then what is done can be saved before the run is ended
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -78,7 +80,8 @@ class OpenedStage:
         masks_bad = self.config.on_bad_sample == "skip"
         ids = self.loaded.image_token_id, self.loaded.num_image_tokens
         dataset = PackDataset(index, self.loaded.preprocessing, *ids, masks_bad=masks_bad)
-        with loading(dataset, order, self.config.dataloader_num_workers, pin_memory) as packs:
+        timeout_s = _WAIT_SHARE * self.config.stuck_timeout_s
+        with loading(dataset, order, self.config.dataloader_num_workers, pin_memory, timeout_s) as packs:
             yield packs
 
 
@@ -91,13 +94,15 @@ def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedSta
     world.at("loading the model")
     loaded = world.run_on_all(lambda: load_model(config.model_name_or_path, projector_from=config.projector_from))
     groups = world.run_on_all(lambda: parameter_groups(loaded.model, config))
+    if config.output_dir.resolve().is_relative_to(loaded.path.resolve()):
+        world.fail(UserError(f"{config.output_dir}: lies inside the model's folder. Give an output_dir outside of it."))
     flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     world.at("opening the data")
     data = world.run_on_first_of_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
     if len(config.entries) > 1:
         console.print(data.mixture.table(config.entries, data.index.num_supervised))
     plan = world.run_on_all(lambda: _plan(config, data, flops, world))
-    run = describe_run(config, loaded, data.index, data.mixture, plan.global_batch_size)
+    run = describe_run(config, loaded, data.index, data.mixture, plan)
     return OpenedStage(config, loaded, groups, flops, data, plan, run)
 
 

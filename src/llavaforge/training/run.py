@@ -10,18 +10,16 @@ from typing import Any
 from rich.console import Console
 
 from llavaforge.checkpoint.resume import batch_size_of_begun, claimed
-from llavaforge.checkpoint.state import load_run
 from llavaforge.config.recipe import FINAL, training_stages
 from llavaforge.config.schema import TrainConfig
 from llavaforge.data.order.plan import check_world
 from llavaforge.engine.open import open_engine
 from llavaforge.engine.zero_config import settings_of_run
-from llavaforge.files import differences
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
 from llavaforge.results import TrainResult
 from llavaforge.training.contract import show_contract
-from llavaforge.training.finish import check_pointer, leave_result, write_final
+from llavaforge.training.finish import check_pointer, finished_result, leave_result, write_final
 from llavaforge.training.opening import open_stage
 from llavaforge.training.signals import StopRequest
 from llavaforge.training.trainer import Trainer, prepare_or_resume
@@ -46,13 +44,13 @@ def train(config: TrainConfig) -> TrainResult:
         for number, stage in enumerate(stages, 1):
             world.run_on_all(stop.check)
             if config.stages:
-                world.run_on_all(lambda: check_pointer(config.output_dir))
+                world.run_on_all(lambda: check_pointer(config.output_dir, stages))
             if config.stages and world.is_writer:
                 logger.info("stage %d of %d: %s (%s)", number, len(stages), stage.output_dir.name, stage.train_type)
             result = _run_stage(stage, world, stop)
             world.at("between stages")
             if config.stages and world.is_writer:
-                leave_result(stage, config.output_dir)
+                leave_result(stage, config.output_dir, stages)
             world.barrier()
     return result
 
@@ -63,11 +61,11 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainRes
     world.at("checking the recipe")
     settings = world.run_on_all(lambda: _deepspeed_settings(config, world))
     opened = open_stage(config, world, console)
-    with claimed(config.output_dir, opened.run, world):
-        final = config.output_dir / FINAL
-        if world.broadcast_object(final.is_dir() and not differences(final) if world.is_writer else False):
+    with claimed(config.output_dir, opened.run, config.allow_changes, world):
+        final, num_steps = config.output_dir / FINAL, opened.plan.num_steps
+        result = world.run_on_all(lambda: finished_result(final, num_steps) if world.is_writer else None)
+        if (finished := world.broadcast_object(result)) is not None:
             logger.info("%s is finished already: skipped", config.output_dir)
-            finished: TrainResult = load_run(final)["result"]
             return {**finished, "output_dir": str(config.output_dir)}
         show_contract(opened, console)  # before the engine: ZeRO-3 leaves no process a whole parameter to count
         engine = open_engine(world, settings)

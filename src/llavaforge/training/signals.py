@@ -1,9 +1,10 @@
 """A request to stop: honoured at once while a run gets ready, at the end of a step while it trains.
 
-SIGTERM and SIGUSR1 (what SLURM sends before a time limit) ask for exit 75, start me again; ctrl-C for exit 130. A
-second ctrl-C stops at once.
+SIGTERM, SIGUSR1 (what SLURM sends before a time limit) and SIGHUP (the terminal was closed) ask for exit 75, start me
+again; ctrl-C for exit 130. A second ctrl-C stops at once.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from llavaforge.errors import StoppedEarly
 
 EXIT_START_AGAIN = 75
 EXIT_BY_HAND = 130
-_WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -28,7 +29,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in _WATCHED:
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under `nohup`
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -57,6 +59,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         by_hand = number == signal.SIGINT
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if by_hand and self.exit_code == EXIT_BY_HAND:
             raise KeyboardInterrupt
         self.exit_code = EXIT_BY_HAND if by_hand else EXIT_START_AGAIN
@@ -64,3 +68,11 @@ class StopRequest:
             self.check()
         again = " (ctrl-C again: stop at once, what is not saved is lost)" if by_hand else ""
         sys.stderr.write(f"\nasked to stop: this step is finished and saved first{again}\n")
+
+
+def _leave_terminal() -> None:
+    """Write nowhere from now on: what is written to a terminal that is gone fails, and would end the run."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():
+            os.dup2(nowhere, stream.fileno())

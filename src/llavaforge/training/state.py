@@ -1,7 +1,11 @@
 """Where a run stands: the small, exact part of a checkpoint (tensors are in `checkpoint/state.py`)."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from llavaforge.errors import reading
 
 
 @dataclass
@@ -15,7 +19,7 @@ class TrainState:
         num_supervised: supervised tokens seen.
         loss_sum: cross-entropy summed over them.
         num_skipped: steps whose gradient was not finite and that changed nothing.
-        num_moving_steps: steps with a learning rate above zero.
+        num_moving_steps: steps that were taken with a learning rate above zero.
         train_time_s: seconds spent in steps.
         model_flops: model FLOPs done in them.
         eval_loss: newest held-out loss, or None.
@@ -33,6 +37,19 @@ class TrainState:
     model_flops: float = 0.0
     eval_loss: float | None = None
     bad_samples: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], folder: Path) -> "TrainState":
+        """Return the state that a checkpoint holds.
+
+        Raises:
+            UserError: it is none.
+        """
+        with reading(folder, "Give another checkpoint."):
+            state = cls(**values)
+            if not isinstance(state.step, int):
+                raise TypeError(f"step {state.step!r}")
+            return state
 
     @property
     def train_loss(self) -> float:

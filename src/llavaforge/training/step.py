@@ -23,11 +23,14 @@ class OptimizerStep:
         opened: the stage.
         engine: prepared.
         state: where the run stands; advanced by each step.
+
+    Attributes:
+        is_updating: weights are being changed, or were when a step failed.
     """
 
     def __init__(self, opened: OpenedStage, engine: Engine, state: TrainState) -> None:
         self._opened, self._engine, self._world, self.state = opened, engine, engine.world, state
-        config = opened.config
+        config, self.is_updating = opened.config, False
         self._warmup = warmup(opened.plan.num_steps, config.warmup_ratio, config.warmup_steps)
         self.peak_flops = peak_flops(self._world.device, compute_dtype(config.bf16)) * self._world.size
 
@@ -51,7 +54,9 @@ class OptimizerStep:
             loss_sum += self._engine.micro_step(pack, 1.0 / num_supervised)
         world.at_step(state.step + 1, "optimizer step")
         factor = rate_factor(state.step, opened.plan.num_steps, self._warmup, opened.config.lr_scheduler_type)
+        self.is_updating = True
         result = self._engine.step(factor)
+        self.is_updating = False
         flops = sum(opened.flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
         loss_sum, num_tokens, flops = world.all_reduce_sum([loss_sum, sum(pack.num_tokens for pack in packs), flops])
         seconds = time.perf_counter() - begin_s
@@ -60,7 +65,7 @@ class OptimizerStep:
             state.num_supervised += num_supervised
         state.step += 1
         state.num_samples += opened.plan.global_batch_size
-        state.num_moving_steps += factor > 0
+        state.num_moving_steps += factor > 0 and not result.skipped
         state.num_tokens += int(num_tokens)
         state.model_flops += flops
         state.train_time_s += seconds

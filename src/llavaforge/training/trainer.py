@@ -8,15 +8,17 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.resume import find_checkpoint
-from llavaforge.checkpoint.state import ParameterStates, load_train_state
+from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_state
 from llavaforge.data.load.pack import Pack
-from llavaforge.engine.base import AdamWOptions, Engine
-from llavaforge.errors import UserError
+from llavaforge.engine.base import AdamWOptions, Engine, StepResult
+from llavaforge.errors import UserError, is_out_of_memory
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import learning_rate
 from llavaforge.progress import Bar
 from llavaforge.results import TrainResult
 from llavaforge.training.contract import Contract
@@ -25,6 +27,7 @@ from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import MetricsFile
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.saving import Saver
+from llavaforge.training.schedule import rate_factor, warmup
 from llavaforge.training.signals import StopRequest
 from llavaforge.training.state import TrainState
 from llavaforge.training.step import OptimizerStep
@@ -45,14 +48,53 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
     engine.prepare(step_module, opened.groups, options, compute_dtype(config.bf16))
     world.at("looking for a checkpoint")
-    folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint, opened.run, world)
+    asked, allowed = config.resume_from_checkpoint, config.allow_changes
+    folder = find_checkpoint(config.output_dir, asked, opened.run, allowed, world)
     if folder is None:
         return TrainState()
     world.at(f"loading {folder.name}")
-    state = TrainState(**load_train_state(folder))
-    engine.restore(ParameterStates(folder), state.step - state.num_skipped)
+    state, weights = world.run_on_all(lambda: _read(folder, opened))
+    engine.restore(weights, state.step - state.num_skipped)
     logger.info("going on from %s", folder)
+    _tell_of_schedule(folder, opened, state.step)
     return state
+
+
+def _read(folder: Path, opened: OpenedStage) -> tuple[TrainState, ParameterStates]:
+    """Open a checkpoint, and check that it holds what learns here.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    state, weights = TrainState.of(load_train_state(folder), folder), ParameterStates(folder)
+    learning = {name for group in opened.groups for name in group.parameters}
+    if different := sorted(learning ^ set(weights)):
+        raise UserError(
+            f"{folder}: holds other parameters than learn here (`{different[0]}`, {len(different)} in all). "
+            "Give another output_dir."
+        )
+    if state.step > opened.plan.num_steps:
+        raise UserError(
+            f"{folder}: {state.step} steps were taken already, more than the {opened.plan.num_steps} asked for. Ask "
+            "for more, or give another output_dir."
+        )
+    return state, weights
+
+
+def _tell_of_schedule(folder: Path, opened: OpenedStage, step: int) -> None:
+    """Say how the learning rate goes on where the number of steps was changed."""
+    before, now, config = load_run(folder).get("num_steps"), opened.plan.num_steps, opened.config
+    if before is None or before == now:
+        return
+    old, new = (
+        rate_factor(step, number, warmup(number, config.warmup_ratio, config.warmup_steps), config.lr_scheduler_type)
+        for number in (before, now)
+    )
+    rate = learning_rate(config)
+    logger.warning(
+        "the run has %d steps now instead of %d: from step %d on the learning rate follows the schedule of %d steps "
+        "(%.3g there, where it was %.3g)", now, before, step + 1, now, rate * new, rate * old,
+    )  # fmt: skip
 
 
 class Trainer:
@@ -93,8 +135,8 @@ class Trainer:
                 world.at_step(state.step + 1, "reading images")
                 mine, fault = _fetch(packs)
                 self._guards.agree(fault, stop)
-                result, line = self._step(mine, self._guards.leave_out(mine), begin_s)
-                self._guards.count_skip(result)
+                result, line = self._take(mine, begin_s)
+                self._guards.look_at(result, line)
                 self._contract.prove_when_due(state)
                 if self._is_due(config.eval_steps) or self._is_last():
                     self._evaluate(line)
@@ -105,10 +147,21 @@ class Trainer:
                         file.write(**line)
                 if self._is_due(config.save_steps):
                     self._saver.save()
+        self._guards.check_learnt()
         self._contract.warn_unless_proved()
         self._guards.bad_samples.log_summary()
         self._saver.draw()
         return self._result()
+
+    def _take(self, packs: list[Pack], begin_s: float) -> tuple[StepResult, dict[str, Any]]:
+        """Take a step with its packs."""
+        num_supervised = self._guards.leave_out(packs)
+        try:
+            return self._step(packs, num_supervised, begin_s)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._guards.out_of_memory(error, weights_are_whole=not self._step.is_updating)
 
     def _evaluate(self, line: dict[str, Any]) -> None:
         """Put the held-out loss, if there is held-out data, into a line of metrics."""

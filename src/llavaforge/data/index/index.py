@@ -26,6 +26,7 @@ from llavaforge.data.index.prepare import faults_of
 from llavaforge.data.rows.sources import Source
 from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.data.storage.image_store import safe_name
+from llavaforge.errors import reading
 
 
 class Row(NamedTuple):
@@ -101,7 +102,8 @@ class DataSetIndex:
     @cached_property
     def table(self) -> pa.Table:
         """The mapped file, with the columns of `prepare.SCHEMA`."""
-        return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+        with reading(self.path, "It was prepared data of the cache: start again, and it is prepared anew."):
+            return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
 
     @cached_property
     def faults(self) -> list[Fault]:

@@ -5,7 +5,6 @@ and names the faulty records.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.data.text.sample import SampleBuilder
 from llavaforge.data.text.template import ChatTemplate
 from llavaforge.errors import UserError
+from llavaforge.files import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +47,19 @@ def open_index(
     Raises:
         UserError: a file cannot be read at all.
     """
-    entries = [DataEntry(path=data, images=options.image_folder)] if isinstance(data, Path) else data
+    if isinstance(data, Path):
+        data = [DataEntry(path=data, images=options.image_folder, image_roots=options.image_roots)]
     builder = sample_builder(processor, num_image_tokens, options) if processor is not None else None
     cache = cache_dir(options.cache_dir)
     data_sets = []
-    for entry in entries:
+    for entry in data:
         source = find_source(entry, cache)
         path, fingerprint = prepared(source, builder, cache, quiet)
         data_sets.append(DataSetIndex(path, source, fingerprint))
     index = SampleIndex(tuple(data_sets))
     if not quiet:
-        _report(index)
+        _report(index, options)
     return index
-
-
-def cache_dir(chosen: Path | str | None) -> Path:
-    """Return where prepared data is kept."""
-    return Path(chosen or os.environ.get("LLAVAFORGE_CACHE") or Path.home() / ".cache" / "llavaforge")
 
 
 def open_checked_index(
@@ -118,16 +114,21 @@ def sample_builder(processor: Any, num_image_tokens: int, options: SampleOptions
     """Return the builder for a model's processor and the user's options."""
     tokenizer = processor.tokenizer
     template = processor.chat_template or tokenizer.chat_template or ""
-    chat = ChatTemplate(tokenizer, template, options.prompt_style, options.system_prompt)
+    keeps = options.special_tokens_in_text == "keep"
+    chat = ChatTemplate(tokenizer, template, options.prompt_style, options.system_prompt, keeps)
     return SampleBuilder(tokenizer, chat, int(processor.image_token_id), num_image_tokens, options.max_length)
 
 
-def _report(index: SampleIndex) -> None:
+def _report(index: SampleIndex, options: SampleOptions) -> None:
+    told = "split into plain text (special_tokens_in_text: keep learns them as tokens)"
+    told = "learnt as tokens" if options.special_tokens_in_text == "keep" else told
     for data_set in index.data_sets:
         turns, tokens = int(data_set.numbers("num_turns_dropped").sum()), int(data_set.numbers("num_tokens_cut").sum())
         if turns or tokens:
             logger.warning(
                 "%s: %d turns dropped and %d tokens cut to fit max_length", data_set.source.name, turns, tokens
             )
+        if special := int(data_set.numbers("num_special_tokens").sum()):
+            logger.warning("%s: %d special tokens in texts are %s", data_set.source.name, special, told)
         if literals := int(data_set.numbers("num_literals").sum()):
             logger.warning("%s: %d literal `<image>` in texts are kept as text", data_set.source.name, literals)

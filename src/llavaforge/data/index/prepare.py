@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain, count, islice, takewhile
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from llavaforge.data.faults import Fault, RecordError
 from llavaforge.data.index.fingerprint import fingerprint_of
 from llavaforge.data.index.schema import SCHEMA
+from llavaforge.data.index.sums import is_sound, sums_of, write_sums
 from llavaforge.data.rows.kinds import Chunk, read_chunks
 from llavaforge.data.rows.readers import Malformed, parse_raw
 from llavaforge.data.rows.records import Record, id_of, parse_record
@@ -33,16 +35,21 @@ from llavaforge.data.storage import columns
 from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.data.storage.image_store import ImageStore
 from llavaforge.data.text.sample import Sample, SampleBuilder
-from llavaforge.files import sync_path
+from llavaforge.errors import naming
+from llavaforge.files import remove_leftovers, sync_path
 from llavaforge.processes import workers
 from llavaforge.progress import Bar
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # raise when a change of this package changes what the file holds
+# Raise the first when a change of this package changes ids or labels, which ends runs that have begun (their identity
+# holds it); the second when it only changes what else the file holds, or how.
+_FORMAT, _LAYOUT = 2, 2
 _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a process
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
 _BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
+# Four numbers from 0 to 1 in brackets, as LLaVA writes a box, and the marks of other families.
+_BOXES = re.compile(r"\[\s*[01]?\.\d+(?:\s*,\s*[01]?\.\d+){3}\s*\]|<box>|<\|box_start\|>|\bbbox\b")
 _LARGE_GROUP = 64_000_000  # bytes of images in a row group of Parquet
 
 
@@ -58,10 +65,11 @@ def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, qui
         UserError: a file cannot be read at all.
     """
     fingerprint = fingerprint_of(source, builder, _FORMAT)
-    first = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{fingerprint[:16]}.arrow"
+    name = hashlib.sha256(f"{fingerprint} {_LAYOUT}".encode()).hexdigest()[:16]
+    first = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{name}.arrow"
     if (path := _current(first, source.images)) is None:
         first.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(first):
+        with naming(first), _alone(first):
             if (path := _current(first, source.images)) is None:
                 path = next(version for version in _versions(first) if not version.exists())
                 _prepare(source, builder, path, quiet)
@@ -69,7 +77,7 @@ def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, qui
 
 
 def _versions(path: Path) -> Iterator[Path]:
-    """Yield the names of an index: when a missing image was added, a new one is made, as the old one may be in use."""
+    """Yield the names of an index: when one is damaged or an image was added, it may be in use, so another is made."""
     yield path
     for number in count(2):
         yield path.with_name(f"{path.stem}-{number}.arrow")
@@ -96,7 +104,10 @@ def records_of(source: Source) -> Iterator[Record]:
 
 
 def _is_current(path: Path, images: ImageStore) -> bool:
-    """Say whether no image that was missing when an index was made has been added since."""
+    """Say whether an index is sound, and no image that was missing when it was made has been added since."""
+    if not all(is_sound(one) for one in (path, _faults_file(path))):
+        logger.warning("%s: prepared data is damaged; it is prepared anew", path)
+        return False
     missing = [fault.path for fault in faults_of(path) if fault.kind in ("missing_image", "unsafe_path")]
     for name in missing:
         with contextlib.suppress(RecordError):
@@ -123,6 +134,8 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
     logger.info("preparing %s", source.name)
     _warn_of_large_groups(source)
     # Of a preparation that was killed: we hold the lock.
+    for written in (path, _faults_file(path)):
+        remove_leftovers(path.parent, sums_of(written).name)
     for left_over in path.parent.glob(f"{glob.escape(path.stem)}.tmp-*"):
         left_over.unlink()
     data, faults = path.with_suffix(f".tmp-{os.getpid()}"), path.with_suffix(f".tmp-{os.getpid()}-faults")
@@ -130,6 +143,7 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
     num_records = 0
     try:
         with (
+            naming(data),
             pa.OSFile(str(data), "wb") as file,
             pa.ipc.new_file(file, SCHEMA) as writer,
             faults.open("w") as fault_file,
@@ -147,10 +161,10 @@ def _prepare(source: Source, builder: SampleBuilder | None, path: Path, quiet: b
                     gathered = []
             if gathered:
                 writer.write_batch(pa.concat_batches(gathered))
-        sync_path(data)
-        sync_path(faults)
-        os.replace(faults, _faults_file(path))
-        os.replace(data, path)
+        for written, final in ((faults, _faults_file(path)), (data, path)):
+            sync_path(written)
+            write_sums(written, final)
+            os.replace(written, final)
     finally:
         data.unlink(missing_ok=True)
         faults.unlink(missing_ok=True)
@@ -189,7 +203,7 @@ def _encoded(source: Source, worker: "_Worker") -> Iterator[tuple[float, pa.Reco
 def _limited(source: Source) -> Iterator[Chunk]:
     left = source.entry.max_samples
     for number, path in enumerate(source.files):
-        for chunk in read_chunks(path, number, _CHUNK):
+        for chunk in read_chunks(path, number, _CHUNK, source.entry.columns):
             if left is None:
                 yield chunk
             elif left > 0:
@@ -204,7 +218,7 @@ class _Worker:
 
     def __init__(self, builder: SampleBuilder | None, source: Source) -> None:
         self._builder, self._images, self._format = builder, source.images, source.entry.format
-        self._names = source.file_names
+        self._names, self._columns = source.file_names, source.entry.columns
 
     def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, list[Fault]]:
         """Return a chunk's samples as Arrow, and the faults of the other rows."""
@@ -238,7 +252,7 @@ class _Worker:
         """
         if isinstance(raw, Malformed):
             raise RecordError("malformed_json", raw.message)
-        record = parse_record(raw, self._format)
+        record = parse_record(raw, self._format, self._columns)
         located = tuple(self._images.locate(image) for image in record.images)
         return Record(record.id, located, record.turns, record.num_literals)
 
@@ -261,6 +275,8 @@ def _arrow(file: int, samples: list[tuple[int, Record, Sample]]) -> pa.RecordBat
             "num_turns_dropped": sample.num_turns_dropped,
             "num_tokens_cut": sample.num_tokens_cut,
             "num_literals": record.num_literals,
+            "num_special_tokens": sample.num_special_tokens,
+            "has_boxes": any(_BOXES.search(turn.text) for turn in record.turns),
             "digest": _digest(record),
         }
         for row, record, sample in samples

@@ -18,6 +18,8 @@ SCHEMA = pa.schema(
         ("num_turns_dropped", pa.int32()),
         ("num_tokens_cut", pa.int32()),
         ("num_literals", pa.int32()),
+        ("num_special_tokens", pa.int32()),
+        ("has_boxes", pa.bool_()),
         ("digest", pa.uint64()),
     ]
 )

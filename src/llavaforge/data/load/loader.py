@@ -3,9 +3,11 @@
 Comes in: an index, preprocessing and an iterable of `MicroBatch`. Goes out: an iterator of `Pack`.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from llavaforge.data.load.pack import BadSample, Pack, make_pack
 from llavaforge.data.order.plan import MicroBatch
 from llavaforge.data.pixels.decode import ImageError, decode
 from llavaforge.data.pixels.preprocessing import Preprocessing
-from llavaforge.errors import UserError
+from llavaforge.errors import RunFailed, UserError
 from llavaforge.processes import workers
 
 _PREFETCH = 4  # packs each worker keeps ready
@@ -92,8 +94,29 @@ class _ErrorsReturned(Dataset[Pack | UserError]):
             return error
 
 
-def _raised(packs: Iterator[Pack | UserError]) -> Iterator[Pack]:
-    for pack in packs:
+def _raised(packs: Any, timeout_s: float) -> Iterator[Pack]:
+    """Yield packs; a worker's fault, its death and its silence are raised."""
+    while True:
+        try:
+            pack = next(packs)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            text = str(error)
+            if not text.startswith("DataLoader"):
+                raise
+            if text.startswith("DataLoader timed out"):
+                raise RunFailed(
+                    f"no image came from the loader workers for {timeout_s:.0f} s (stuck_timeout_s): they hang, as "
+                    "on a network drive that does not answer. Look at the image folder's file system."
+                ) from None
+            signals = {-code for worker in packs._workers if (code := worker.exitcode) is not None and code < 0}
+            ended = " by " + ", ".join(signal.Signals(number).name for number in sorted(signals)) if signals else ""
+            raise RunFailed(
+                f"a loader worker was ended{ended}. SIGKILL is most often the system, when memory is used up: lower "
+                "--dataloader_num_workers or give the job more memory; SIGBUS is a full /dev/shm, or prepared data "
+                "that was cut while it was in use."
+            ) from None
         if isinstance(pack, UserError):
             raise pack
         yield pack
@@ -101,7 +124,7 @@ def _raised(packs: Iterator[Pack | UserError]) -> Iterator[Pack]:
 
 @contextmanager
 def loading(
-    dataset: PackDataset, order: Iterable[MicroBatch], num_workers: int, pin_memory: bool
+    dataset: PackDataset, order: Iterable[MicroBatch], num_workers: int, pin_memory: bool, timeout_s: float = 0
 ) -> Iterator[Iterator[Pack]]:
     """Give an iterator over the packs of `order`; the workers are gone when the block ends.
 
@@ -110,6 +133,7 @@ def loading(
         order: what to load, in this order whatever the number of workers.
         num_workers: processes (0: this one).
         pin_memory: put packs in page-locked memory, for a GPU.
+        timeout_s: longest wait for workers (0: for ever).
     """
     loader: DataLoader[Pack | UserError] = DataLoader(
         _ErrorsReturned(dataset),
@@ -118,16 +142,19 @@ def loading(
         num_workers=num_workers,
         prefetch_factor=_PREFETCH if num_workers else None,
         pin_memory=pin_memory,
+        timeout=timeout_s if num_workers else 0,
         worker_init_fn=_start_worker if num_workers else None,
         multiprocessing_context=workers.context() if num_workers else None,
     )
     with workers.signals_blocked():
-        iterator = iter(loader)
+        iterator: Any = iter(loader)
     try:
-        yield _raised(iterator)
+        yield _raised(iterator, timeout_s)
     finally:
         if num_workers and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
+            for worker in iterator._workers:  # one that hangs hears no SIGTERM, and would be waited for at the end
+                worker.kill()
 
 
 def _start_worker(_: int) -> None:

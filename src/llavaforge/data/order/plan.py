@@ -21,6 +21,8 @@ from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.order.mixture import Mixture
 from llavaforge.errors import UserError
 
+_MOST_STEPS = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -246,5 +248,11 @@ def num_steps(num_samples: int, global_batch_size: int, num_train_epochs: float,
     """Return the number of optimizer steps: `max_steps`, or enough to see every sample `num_train_epochs` times.
 
     The last step is filled up with the first samples of the next epoch.
+
+    Raises:
+        UserError: they are too many to count.
     """
-    return max_steps or math.ceil(num_samples * num_train_epochs / global_batch_size)
+    steps = max_steps or math.ceil(num_samples * num_train_epochs / global_batch_size)
+    if steps > _MOST_STEPS:
+        raise UserError(f"num_train_epochs = {num_train_epochs:g}: {steps:.3g} steps. At most {_MOST_STEPS} are taken.")
+    return steps

@@ -12,6 +12,7 @@ from typing import IO, NoReturn
 from llavaforge.errors import UserError
 
 CHUNK_CHARACTERS = 4 << 20  # characters read at a time
+LONGEST_ROW = 256_000_000  # characters: rows may hold images as base64
 _LONGEST_TOKEN = 16  # characters of `-Infinity`, of `\ud83d\ude00`: what may be cut at the end of a chunk
 
 
@@ -72,6 +73,8 @@ class JsonList:
     def _read_more(self) -> bool:
         if self._at_end:
             return False
+        if len(self._buffer) - self._position > LONGEST_ROW:
+            self._fail(f"a row of over {LONGEST_ROW:,} characters", self._position)
         more = self._text.read(max(CHUNK_CHARACTERS, len(self._buffer) - self._position))
         if not more:  # the buffer stays as it is: a caller holds positions in it
             self._at_end = True

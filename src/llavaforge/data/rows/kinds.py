@@ -4,7 +4,7 @@ Comes in: a file found by `data/rows/sources.py`. Goes out: chunks of its raw ro
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,13 +21,14 @@ class FileKind:
     """One kind.
 
     Attributes:
-        read: yields numbered raw rows of (path, open file, number of the file's container in its `ImageStore`).
+        read: yields numbered raw rows of (path, open file, number of the file's container in its `ImageStore`, and
+            `DataEntry.columns`).
         holds_images: images are in the file itself. Such files are large: a folder of them is one data set in shards,
             and they are told apart by size, time and both ends; others by their SHA-256.
         num_rows: how many rows a file has, where it says so; else progress is told by bytes.
     """
 
-    read: Callable[[Path, BinaryIO, int], Iterator[tuple[int, Any]]]
+    read: Callable[[Path, BinaryIO, int, Mapping[str, str]], Iterator[tuple[int, Any]]]
     holds_images: bool
     num_rows: Callable[[Path], int] | None = None
 
@@ -68,13 +69,14 @@ class Chunk:
     progress: float
 
 
-def read_chunks(path: Path, file: int, size: int) -> Iterator[Chunk]:
+def read_chunks(path: Path, file: int, size: int, renamed: Mapping[str, str]) -> Iterator[Chunk]:
     """Yield a data file's rows.
 
     Args:
         path: of a kind in `FILE_KINDS`.
         file: its number in the data set; its images are in container `file + 1`.
         size: most rows of a chunk.
+        renamed: `DataEntry.columns`.
 
     Raises:
         UserError: the file cannot be read as what its name says.
@@ -85,7 +87,7 @@ def read_chunks(path: Path, file: int, size: int) -> Iterator[Chunk]:
     try:
         num_rows = kind.num_rows(path) if kind.num_rows is not None else None
         with open(path, "rb") as opened:
-            for row, raw in kind.read(path, opened, file + 1):
+            for row, raw in kind.read(path, opened, file + 1, renamed):
                 rows.append(row)
                 raws.append(raw)
                 if len(rows) == size:

@@ -10,7 +10,7 @@ import json
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import IO, Any, BinaryIO
 import pyarrow as pa
 
 from llavaforge.data.rows import json_list
+from llavaforge.data.rows.formats import FIELDS
 from llavaforge.data.rows.json_list import JsonList
-from llavaforge.data.rows.records import FIELDS
 from llavaforge.data.storage import archives, columns
 from llavaforge.data.storage.image_ref import IMAGE_KEYS, ImageRef
 from llavaforge.errors import UserError
 
-_CONVERSATIONS = ("conversations", "messages")
+_CONVERSATIONS = ("conversations", "messages", "texts", "prompt", "completion")
 _TEXT_MEMBERS = {"txt": "caption", "text": "caption", "caption": "caption"}
 _IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "ppm")
 
@@ -50,12 +50,12 @@ def parse_raw(raw: Any) -> Any:
         return Malformed(f"malformed JSON: {error}. Mend the line.")
 
 
-def column_rows(path: Path, _: BinaryIO, container: int) -> Iterator[tuple[int, Any]]:
+def column_rows(path: Path, _: BinaryIO, container: int, renamed: Mapping[str, str]) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a Parquet or Arrow file."""
-    return columns.read_rows(path, container, FIELDS, _CONVERSATIONS)
+    return columns.read_rows(path, container, FIELDS, _CONVERSATIONS, renamed)
 
 
-def json_rows(path: Path, file: BinaryIO, _: int) -> Iterator[tuple[int, str]]:
+def json_rows(path: Path, file: BinaryIO, *_: Any) -> Iterator[tuple[int, str]]:
     """Yield the rows of a JSON list as text, numbered from 0; or of JSON lines by another name."""
     text = _decoded(path, file)
     start = text.read(json_list.CHUNK_CHARACTERS)
@@ -65,19 +65,27 @@ def json_rows(path: Path, file: BinaryIO, _: int) -> Iterator[tuple[int, str]]:
         yield from enumerate(JsonList(path, text, start))
 
 
-def json_line_rows(path: Path, file: BinaryIO, _: int) -> Iterator[tuple[int, str]]:
+def json_line_rows(path: Path, file: BinaryIO, *_: Any) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file that are not empty, numbered from 1."""
-    return ((number, line) for number, line in enumerate(_decoded(path, file), 1) if line.strip())
+    return ((number, line) for number, line in enumerate(_lines(_decoded(path, file), path), 1) if line.strip())
+
+
+def _lines(text: IO[str], path: Path) -> Iterator[str]:
+    """Yield lines, none of them longer than a row may be."""
+    while line := text.readline(json_list.LONGEST_ROW):
+        if len(line) == json_list.LONGEST_ROW:
+            raise UserError(f"{path}: a line of over {json_list.LONGEST_ROW:,} characters, which is no row. Mend it.")
+        yield line
 
 
 def _lines_of_objects(start: str, rest: IO[str], path: Path) -> Iterator[str]:
     """Yield the lines of a text whose first chunk was read already."""
     lines = start.split("\n")
-    lines[-1] += rest.readline()
+    lines[-1] += rest.readline(json_list.LONGEST_ROW)
     if isinstance(parse_raw(lines[0]), Malformed):
         raise UserError(f"{path}: expected a JSON list of rows (or an object on each line), found one object.")
     yield from lines
-    yield from rest
+    yield from _lines(rest, path)
 
 
 def _decoded(path: Path, file: BinaryIO) -> IO[str]:
@@ -89,7 +97,7 @@ def _decoded(path: Path, file: BinaryIO) -> IO[str]:
     return io.TextIOWrapper(file, encoding="utf-8-sig")
 
 
-def tar_rows(path: Path, file: BinaryIO, container: int) -> Iterator[tuple[int, Any]]:
+def tar_rows(path: Path, file: BinaryIO, container: int, _: Any) -> Iterator[tuple[int, Any]]:
     """Yield the samples of a WebDataset tar: members in a row that share a name up to its first dot."""
     return enumerate(_tar_samples(path, file, container))
 
@@ -102,7 +110,7 @@ def _tar_samples(path: Path, file: BinaryIO, container: int) -> Iterator[Any]:
             extension = _key_and_extension(member)[1]
             if extension.rsplit(".", 1)[-1] in _IMAGE_MEMBERS:
                 members.append((extension, ImageRef(_name(member), container, member.offset_data, member.size)))
-            elif extension == "json" or extension in _TEXT_MEMBERS:
+            elif extension.rsplit(".", 1)[-1] in ("json", *_TEXT_MEMBERS):
                 members.append((extension, archives.read_at(opened, member.offset_data, member.size)))
         if members:
             yield _tar_row(key, members)
@@ -131,8 +139,12 @@ def _tar_row(key: str, members: Sequence[tuple[str, ImageRef | bytes]]) -> Any:
             text = value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             return Malformed(f"{key}.{extension} is not UTF-8 text ({error}).")
-        if extension != "json":
-            row[_TEXT_MEMBERS[extension]] = text
+        kind = extension.rsplit(".", 1)[-1]
+        if kind != "json":
+            if (name := _TEXT_MEMBERS[kind]) in row:
+                texts = " and ".join(f"{key}.{one}" for one, text in members if not isinstance(text, ImageRef))
+                return Malformed(f"{key}: has several texts ({texts}). Leave one, or put them into {key}.json.")
+            row[name] = text
             continue
         parsed = parse_raw(text)
         if not isinstance(parsed, dict):

@@ -22,6 +22,7 @@ from llavaforge.data.rows.kinds import FILE_KINDS, PACKED, suffix_of
 from llavaforge.data.storage import columns
 from llavaforge.data.storage.image_store import ImageStore, close_files, find_image_root
 from llavaforge.errors import UserError
+from llavaforge.files import is_inside
 
 _TEXTS = [suffix for suffix, kind in FILE_KINDS.items() if not kind.holds_images]
 _KNOWN = f"{', '.join(FILE_KINDS)}; of {', '.join(_TEXTS)} also {' and '.join(PACKED)}"
@@ -71,8 +72,16 @@ def find_source(entry: DataEntry, cache_dir: Path) -> Source:
         if not os.access(file, os.R_OK):
             raise UserError(f"{file}: not there, or not readable. Save or download {path} again.")
     root = find_image_root(entry.images, path if path.is_dir() else path.parent)
+    roots = tuple(_real_folder(folder) for folder in entry.image_roots)
+    column = columns.image_column_of(entry.columns)
     own = files if FILE_KINDS[suffix_of(files[0])].holds_images else ()
-    return Source(entry, str(entry.path), tuple(files), ImageStore((root, *own), cache_dir / "archives"))
+    return Source(entry, str(entry.path), tuple(files), ImageStore((root, *own), cache_dir / "archives", roots, column))
+
+
+def _real_folder(folder: Path) -> str:
+    if not folder.expanduser().is_dir():
+        raise UserError(f"{folder}: no such folder (image_roots).")
+    return os.path.realpath(folder.expanduser())
 
 
 def _files(path: Path, entry: DataEntry) -> list[Path]:
@@ -91,6 +100,8 @@ def _files(path: Path, entry: DataEntry) -> list[Path]:
     if entry.split or not any(file.name.split(".")[0] == "chat" for file in texts):
         for suffixes in (columns.SUFFIXES, (".tar",)):
             shards = [file for file in found if suffix_of(file) in suffixes and not _is_image_root(file, entry)]
+            if suffixes == columns.SUFFIXES and all(file.with_suffix(".tar").is_file() for file in shards):
+                continue  # what img2dataset leaves: the table beside a tar holds the addresses of its images
             if shards:
                 return _of_split(path, shards, entry.split)
     if texts and all(_NUMBERED.search(file.name) for file in texts):
@@ -127,9 +138,7 @@ def _of_split(path: Path, files: Sequence[Path], split: str | None) -> list[Path
     """Return the shards of a split: `train-00000-of-00004.parquet` is of the split train."""
     splits: dict[str, list[Path]] = {}
     for file in files:
-        stem = file.name.removesuffix(file.suffix).removesuffix(suffix_of(file))
-        match = _SHARD.fullmatch(stem)
-        splits.setdefault(match.group(1) if match else stem, []).append(file)
+        splits.setdefault(_split_of(file), []).append(file)
     if split is None:
         if "train" in splits:
             return splits["train"]
@@ -145,6 +154,15 @@ def _of_split(path: Path, files: Sequence[Path], split: str | None) -> list[Path
     )
 
 
+def _split_of(file: Path) -> str:
+    """Return the split that a file's name tells: `train` of `vqarad_train.parquet`, else the name without a number."""
+    stem = file.name.removesuffix(file.suffix).removesuffix(suffix_of(file))
+    match = _SHARD.fullmatch(stem)
+    name = match.group(1) if match else stem
+    usual = [word for word in re.split(r"[-_.]", stem.lower()) if word in _USUAL_SPLITS]
+    return usual[-1] if usual and name not in _USUAL_SPLITS else name
+
+
 def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
@@ -158,14 +176,18 @@ def _saved_files(path: Path, split: str | None) -> list[Path]:
             if chosen is None or chosen not in splits:
                 problem = "" if split is None else f"no split {split!r}: it "
                 raise UserError(f"{path}: {problem}has the splits {', '.join(splits)}. Name one with `split`.")
+            if not is_inside(chosen):
+                raise ValueError("dataset_dict.json names a folder outside of it")
             path = path / chosen
         elif split:
             raise UserError(f"{path}: has no splits, so not {split!r}. Drop `split`.")
         files = json.loads((path / "state.json").read_bytes())["_data_files"]
         saved = [path / file["filename"] for file in files]
+        if not all(is_inside(file["filename"]) for file in files):
+            raise ValueError("state.json names a file outside of its folder")
         if others := [file.name for file in saved if file.suffix != ".arrow"]:
             raise ValueError(f"state.json names {others[0]}, which is no .arrow file")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not what `save_to_disk` writes ({error}). Save it again.") from None
     if not saved:
         raise UserError(f"{path}: a saved data set without rows.")

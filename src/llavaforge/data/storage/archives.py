@@ -25,6 +25,7 @@ from llavaforge.errors import UserError
 
 _TABLE = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<i8")])
 _NO_CRC = -1
+MAX_BYTES = 256_000_000  # of one image file or text: a hundredfold of the largest photographs
 _EDGE = 1 << 20  # bytes of an archive's either end that identify it, with its size and time
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
@@ -81,12 +82,24 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_size(size: int) -> None:
+    """Check that an image file, or a text in an archive, may be read into memory.
+
+    Raises:
+        ValueError: it may not.
+    """
+    if size > MAX_BYTES:
+        raise ValueError(f"over {MAX_BYTES:,} bytes")
+
+
 def read_at(file: OpenFile, offset: int, size: int) -> bytes:
     """Return bytes of a file.
 
     Raises:
         OSError: the file ends before.
+        ValueError: they are too many.
     """
+    check_size(size)
     data = os.pread(file.fileno, size, offset)
     while len(data) < size and (more := os.pread(file.fileno, size - len(data), offset + len(data))):
         data += more
@@ -111,7 +124,10 @@ def read_zip_member(file: OpenFile, offset: int, size: int, crc: int) -> bytes:
         raise ValueError(f"{file.path}: a member is encrypted or uses compression method {method}: pack it again")
     data = read_at(file, offset + _LOCAL.size + name_length + extra_length, size)
     if method == _DEFLATED:
-        data = zlib.decompress(data, -zlib.MAX_WBITS)
+        unpacked = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = unpacked.decompress(data, MAX_BYTES)
+        if not unpacked.eof:
+            raise ValueError(f"{file.path}: the member at byte {offset} is cut, or grows past {MAX_BYTES:,} bytes")
     if zlib.crc32(data) != crc:
         raise ValueError(f"{file.path}: the member at byte {offset} is damaged (CRC-32)")
     return data

@@ -9,7 +9,8 @@ a group).
 """
 
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,41 +20,55 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llavaforge.data.storage.image_ref import IMAGE_KEYS, ImageRef
+from llavaforge.errors import UserError
 
 SUFFIXES = (".parquet", ".arrow")
+_MAY_NAME_IMAGES = re.compile(r"im(a?ge?)s?|photo|pic|path|file", re.IGNORECASE)  # fields that are looked at if unread
 _BATCH = 1000  # rows decoded at a time
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # without it Arrow reads a cut-off stream as a shorter one
 
 
 def read_rows(
-    path: Path, container: int, fields: Collection[str], conversations: Collection[str]
+    path: Path,
+    container: int,
+    fields: Collection[str],
+    conversations: Collection[str],
+    renamed: Mapping[str, str],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the numbered rows of a .parquet or .arrow file, each image as an `ImageRef` into it.
 
-    Other fields are None.
+    Other fields are None, but for those that may name images.
 
     Args:
         path: the file.
         container: number of the file in its `ImageStore`.
         fields: names of the fields to read.
         conversations: those of them that hold a list of turns, in whatever way it is stored.
+        renamed: by our names of fields the file's own, where they differ.
     """
     schema = _schema(path)
-    names, image = schema.names, _image_column(schema)
-    kept = [n for n in names if n == image or (n in fields and not _holds_images(schema.field(n).type))]
+    names, image = schema.names, _image_column(path, image_column_of(renamed))
+    wanted = {*fields, *renamed.values(), *(name for name in names if _MAY_NAME_IMAGES.search(name))}
+    kept = [n for n in names if n == image or (n in wanted and not _holds_images(schema.field(n).type))]
     others = dict.fromkeys(name for name in names if name not in kept)
+    conversations = {renamed.get(name, name) for name in conversations}
     number = 0
     for batch in _text_batches(path, kept or names[:1]):
         for row in batch.to_pylist():
             row |= others
             if image is not None:
                 refs = _refs(row.pop(image), path, container, number)
-                row[image if image in IMAGE_KEYS else "image"] = refs
+                row[image if image in IMAGE_KEYS or image in renamed.values() else "image"] = refs
             for name in conversations:
                 if name in row:
                     row[name] = _listed(row[name])
             yield number, row
             number += 1
+
+
+def image_column_of(renamed: Mapping[str, str]) -> str | None:
+    """Return the file's own name of the image column, when `DataEntry.columns` names one."""
+    return renamed.get("images", renamed.get("image"))
 
 
 def num_rows(path: Path) -> int:
@@ -67,16 +82,16 @@ def close_files() -> None:
         cache.cache_clear()
 
 
-def read_image(path: Path, row: int, number: int) -> bytes:
-    """Return the bytes of an image: the `number`-th of its row.
+def read_image(path: Path, row: int, number: int, column: str | None = None) -> bytes:
+    """Return the bytes of an image: the `number`-th of its row, of the image column or the one named.
 
     Raises:
         ValueError: the row holds no bytes there.
     """
     if path.suffix == ".arrow":
-        value = _arrow(path).column(_known_image_column(path))[row]
+        value = _arrow(path).column(_known_image_column(path, column))[row]
     else:
-        group, first = _group_images(path, row)
+        group, first = _group_images(path, row, _known_image_column(path, column))
         value = group[row - first]
     if isinstance(value, pa.ListScalar):
         value = value.values[number]
@@ -90,7 +105,7 @@ def read_image(path: Path, row: int, number: int) -> bytes:
 
 def largest_group_bytes(path: Path) -> int:
     """Return how many bytes of images must be decoded at most to reach one of a Parquet file; 0 without images."""
-    metadata, name = _parquet(path).metadata, _image_column(_schema(path))
+    metadata, name = _parquet(path).metadata, _image_column(path, None)
     sizes = [0]
     for group in range(metadata.num_row_groups):
         leaves = [metadata.row_group(group).column(leaf) for leaf in range(metadata.num_columns)]
@@ -98,16 +113,27 @@ def largest_group_bytes(path: Path) -> int:
     return max(sizes)
 
 
-def _image_column(schema: pa.Schema) -> str | None:
-    """Return the image column: the first that records look for; when there is none, one that can only be images."""
-    known = [name for name in IMAGE_KEYS if name in schema.names]
+def _image_column(path: Path, named: str | None) -> str | None:
+    """Return the image column: the one named, the first that records look for, or one that can only be images.
+
+    Raises:
+        UserError: there are several, and none is named.
+    """
+    schema = _schema(path)
+    known = [named] if named is not None else [name for name in IMAGE_KEYS if name in schema.names]
     if known:
-        return next((name for name in known if _holds_images(schema.field(name).type)), None)
-    return next((field.name for field in schema if _holds_images(field.type) and not _is_binary(field.type)), None)
+        return next((n for n in known if n in schema.names and _holds_images(schema.field(n).type)), None)
+    found = [field.name for field in schema if _holds_images(field.type) and not _is_binary(field.type)]
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: has several image columns ({', '.join(found[:10])}). Name one in a data entry: "
+            f"`columns: {{image: {found[0]}}}`."
+        )
+    return found[0] if found else None
 
 
-def _known_image_column(path: Path) -> str:
-    if (name := _image_column(_schema(path))) is None:
+def _known_image_column(path: Path, named: str | None) -> str:
+    if (name := _image_column(path, named)) is None:
         raise KeyError(f"{path} has no image column")
     return name
 
@@ -115,7 +141,7 @@ def _known_image_column(path: Path) -> str:
 def _text_batches(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
     """Yield columns of a file, with `True` in place of image bytes."""
     if path.suffix == ".parquet":
-        batches = _parquet(path).iter_batches(batch_size=_BATCH, columns=_leaves_without_bytes(path, names))
+        batches = _parquet(path).iter_batches(batch_size=_BATCH, columns=_light_leaves(path, names))
     else:
         batches = iter(_arrow(path).select(names).to_batches(max_chunksize=_BATCH))
     for batch in batches:
@@ -123,14 +149,41 @@ def _text_batches(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _leaves_without_bytes(path: Path, names: list[str]) -> list[str]:
-    """Return the Parquet leaves of columns: all but image bytes (a column that is nothing but bytes is read)."""
+def _light_leaves(path: Path, names: list[str]) -> list[str]:
+    """Return the Parquet leaves of columns: without image bytes, where it is known without them which are there.
+
+    (A column that is nothing but bytes is read.)
+    """
     images = {name for name in names if _holds_images(_schema(path).field(name).type)}
     schema = _parquet(path).schema
     leaves = [schema.column(number).path for number in range(len(schema))]
     leaves = [leaf for leaf in leaves if leaf.split(".")[0] in names]
-    light = [leaf for leaf in leaves if leaf.split(".")[0] not in images or leaf.endswith(".path")]
+    light = [
+        leaf
+        for leaf in leaves
+        if leaf.split(".")[0] not in images
+        or leaf.endswith(".path")
+        or (leaf.endswith(".bytes") and not _tells_nulls(path, leaf))
+    ]
     return light + [leaf for leaf in leaves if leaf.split(".")[0] not in {kept.split(".")[0] for kept in light}]
+
+
+def _tells_nulls(path: Path, leaf: str) -> bool:
+    """Say whether an image's path tells if its bytes are there: none lacks them, or as many as lack the path.
+
+    A merged table has structs of nulls in its text-only rows.
+    """
+    metadata, paths = _parquet(path).metadata, leaf.removesuffix("bytes") + "path"
+    nulls = {leaf: 0, paths: 0}
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            if column.path_in_schema in nulls:
+                statistics = column.statistics
+                if statistics is None or not statistics.has_null_count:
+                    return ".list." in leaf  # unknown: only single images are looked at
+                nulls[column.path_in_schema] += statistics.null_count
+    return nulls[leaf] == 0 or nulls[leaf] == nulls[paths] or ".list." in leaf
 
 
 def _without_bytes(column: pa.Array) -> pa.Array:
@@ -142,7 +195,10 @@ def _without_bytes(column: pa.Array) -> pa.Array:
         return type(column).from_arrays(pc.subtract(column.offsets, first), values, mask=column.is_null())
     if pa.types.is_struct(kind) and _holds_images(kind):
         path = column.field("path") if kind.get_field_index("path") >= 0 else pa.nulls(len(column), pa.string())
-        return pa.StructArray.from_arrays([path], names=["path"], mask=column.is_null())
+        mask = column.is_null()
+        if kind.get_field_index("bytes") >= 0:
+            mask = pc.or_(mask, pc.and_(column.field("bytes").is_null(), path.is_null()))
+        return pa.StructArray.from_arrays([path], names=["path"], mask=mask)
     return column.is_valid() if _is_binary(kind) else column
 
 
@@ -168,7 +224,14 @@ def _listed(value: Any) -> Any:
             return value
     if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
         if len({len(item) for item in value.values()}) == 1:
-            return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+            value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if isinstance(value, list):  # so may the parts of a message be
+        return [
+            {key: _listed(item) if isinstance(item, dict) else item for key, item in turn.items()}
+            if isinstance(turn, dict)
+            else turn
+            for turn in value
+        ]
     return value
 
 
@@ -210,19 +273,18 @@ def _arrow(path: Path) -> pa.Table:
     return table
 
 
-def _group_images(path: Path, row: int) -> tuple[pa.ChunkedArray, int]:
+def _group_images(path: Path, row: int, column: str) -> tuple[pa.ChunkedArray, int]:
     """Return the images of a row's group, and the group's first row."""
     metadata, first = _parquet(path).metadata, 0
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
         if row < first + size:
-            return _read_group(path, group), first
+            return _read_group(path, group, column), first
         first += size
     raise ValueError(f"{path} has no row {row} any more")
 
 
 @lru_cache(maxsize=1)
-def _read_group(path: Path, group: int) -> pa.ChunkedArray:
+def _read_group(path: Path, group: int, name: str) -> pa.ChunkedArray:
     """Return the images of a row group; the newest one is kept, for reading in order."""
-    name = _known_image_column(path)
     return _parquet(path).read_row_group(group, columns=[name]).column(name)

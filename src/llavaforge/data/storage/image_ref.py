@@ -6,6 +6,14 @@ IMAGE_KEYS = ("images", "image", "jpg", "jpeg", "png", "webp")
 """Names of the fields that may hold a row's images, the first one wins."""
 
 
+_LONGEST = 80
+
+
+def short(text: str, longest: int = _LONGEST) -> str:
+    """Return a text of a row for a message: an image can be there as base64, megabytes of it."""
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text):,} characters)"
+
+
 class ImageRef(NamedTuple):
     """Where an image is.
 

@@ -10,8 +10,10 @@ import base64
 import binascii
 import os
 import posixpath
+import unicodedata
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ import numpy.typing as npt
 
 from llavaforge.data.faults import RecordError
 from llavaforge.data.storage import archives, columns
-from llavaforge.data.storage.image_ref import ImageRef
+from llavaforge.data.storage.image_ref import ImageRef, short
 from llavaforge.errors import UserError
 
 ARCHIVES = (".zip", ".tar")
+_LONGEST_NAME = 4096  # PATH_MAX of Linux
+_NEAR_SUFFIXES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 _MOST_OPEN_FILES = 64  # per process; a WebDataset may have ten thousand shards
 
 
@@ -36,13 +40,17 @@ class ImageStore:
         containers: the image root first (a folder, a .zip or a .tar, for images given by name), then the files of the
             data set that hold images themselves (tars, Parquet, Arrow).
         cache_dir: where the directories of archives are kept.
+        allowed: real paths of further folders that links in the root may lead to (`image_roots`).
+        image_column: name of the image column in Parquet and Arrow files; None: found by its type.
     """
 
     containers: tuple[Path, ...]
     cache_dir: Path
+    allowed: tuple[str, ...] = ()
+    image_column: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # without the table of an archive: a worker maps it itself
-        return {"containers": self.containers, "cache_dir": self.cache_dir}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def root(self) -> Path:
@@ -58,15 +66,23 @@ class ImageStore:
         if ref.container >= 0 or ref.name.startswith("data:"):
             return ref
         name = safe_name(ref.name)
-        if self.root.suffix in ARCHIVES:
-            location = archives.find(self._members, name) or archives.find(self._members, f"images/{name}")
-            if location is not None:
-                return ImageRef(ref.name, 0, *location)
-        elif self._is_file(name):
-            return ImageRef(ref.name, 0)
-        raise RecordError(
-            "missing_image", f"image {ref.name!r} is not in {self.root}. Add the file or remove the row.", ref.name
-        )
+        if (found := self._find(name, ref.name)) is not None:
+            return found
+        # macOS writes names with the accents apart from their letters, which look the same.
+        for form in ("NFC", "NFD"):
+            other = unicodedata.normalize(form, name)
+            if other != name and (found := self._find(other, other)) is not None:
+                return found
+        near = next((other for other in _near(name) if self._find(other, other) is not None), None)
+        hint = f" {short(near)!r} is there: name that." if near else " Add the file or remove the row."
+        message = f"image {short(ref.name)!r} is not in {self.root}.{hint}"
+        raise RecordError("missing_image", message, short(ref.name))
+
+    def _find(self, name: str, called: str) -> ImageRef | None:
+        if self.root.suffix not in ARCHIVES:
+            return ImageRef(called, 0) if self._is_file(name) else None
+        location = archives.find(self._members, name) or archives.find(self._members, f"images/{name}")
+        return ImageRef(called, 0, *location) if location is not None else None
 
     def read(self, ref: ImageRef) -> bytes:
         """Return the bytes of an image.
@@ -86,7 +102,7 @@ class ImageStore:
             if path.suffix == ".tar":
                 return archives.read_at(_opened(path), ref.offset, ref.size)
             if path.suffix in columns.SUFFIXES:
-                return columns.read_image(path, ref.offset, ref.size)
+                return columns.read_image(path, ref.offset, ref.size, self.image_column)
             return self._read_file(safe_name(ref.name))
         except RecordError:
             raise
@@ -102,7 +118,7 @@ class ImageStore:
 
     def _is_file(self, name: str) -> bool:
         path = os.path.join(self._real_root, name)
-        if not os.path.isfile(path):
+        if not os.path.isfile(path) or len(name) > _LONGEST_NAME:
             return False
         self._check_inside(path, name)
         return True
@@ -111,14 +127,16 @@ class ImageStore:
         path = os.path.join(self._real_root, name)
         self._check_inside(path, name)
         with open(path, "rb", buffering=0) as file:
+            archives.check_size(os.fstat(file.fileno()).st_size)
             return file.read()
 
     def _check_inside(self, path: str, name: str) -> None:
         real = os.path.realpath(path)
-        if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in (self._real_root, *self._hub_blobs)):
+        folders = (self._real_root, *self._hub_blobs, *self.allowed)
+        if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders):
             raise RecordError(
                 "unsafe_path",
-                f"{path} is a link out of its folder, to {real}. Copy the image, or name its folder.",
+                f"{path} is a link out of its folder, to {real}. Allow the folder that it leads to: image_roots.",
                 name,
             )
 
@@ -165,10 +183,18 @@ def safe_name(name: str) -> str:
     if "\0" in name or posixpath.isabs(path) or path.split("/")[0] == ".." or path[1:2] == ":":
         raise RecordError(
             "unsafe_path",
-            f"image {name!r} is not a name below the image folder. Give a relative path without `..`.",
-            name,
+            f"image {short(name)!r} is not a name below the image folder. Give a relative path without `..`.",
+            short(name),
         )
     return path
+
+
+def _near(name: str) -> Iterator[str]:
+    """Yield names that a download may have given an image instead: another suffix, or its letters in another case."""
+    stem, _ = posixpath.splitext(name)
+    for suffix in _NEAR_SUFFIXES:
+        yield from (f"{stem}.{suffix}", f"{stem}.{suffix.upper()}")
+    yield from (name.lower(), name.upper())
 
 
 def _inline(uri: str) -> bytes:
@@ -176,7 +202,7 @@ def _inline(uri: str) -> bytes:
     try:
         if not header.endswith(";base64"):
             raise ValueError("no base64")
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)
     except (ValueError, binascii.Error) as error:
         raise RecordError(
             "not_an_image", f"inline image {uri[:40]!r}: {error}. Write base64 after the comma."

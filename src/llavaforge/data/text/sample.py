@@ -7,12 +7,14 @@ out when the pack is made) and the spans of ids that the loss sees.
     supervised_spans  [25, 30]       # "A red square.<|im_end|>": the answer and its end token, nothing else
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from llavaforge.data.faults import RecordError
-from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Record
+from llavaforge.data.rows.records import Record
+from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
 from llavaforge.data.text.template import ChatTemplate, TextSpan
 
 IGNORE_INDEX = -100
@@ -30,6 +32,7 @@ class Sample:
         num_turns_dropped: turns left out to fit `max_length`.
         num_tokens_cut: text tokens cut from the last answer to fit `max_length`.
         num_images: placeholders among the ids.
+        num_special_tokens: special tokens of the model in its texts (`special_tokens_in_text`).
     """
 
     ids: list[int]
@@ -38,6 +41,7 @@ class Sample:
     num_turns_dropped: int = 0
     num_tokens_cut: int = 0
     num_images: int = 0
+    num_special_tokens: int = 0
 
     @property
     def num_supervised(self) -> int:
@@ -101,21 +105,47 @@ class SampleBuilder:
             "eos_token": self.tokenizer.eos_token,
             "image": [self.image_token_id, self.num_image_tokens],
             "max_length": self.max_length,
+            **({"special_tokens_in_text": "keep"} if self.chat.keeps_special_tokens else {}),
         }
 
     def _fitted(self, record: Record, spans: list[TextSpan], text: str, encoding: Any) -> Sample:
-        turns = record.turns
-        sample = self._sample(spans, text, encoding, len(record.images))
-        while sample.length > self.max_length and sum(turn.role == "assistant" for turn in turns) > 1:
-            turns = turns[:-2]
-            spans = self.chat.spans(turns)
-            text = _text(spans)
-            encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-            num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-            sample = self._sample(spans, text, encoding, num_images)
+        """Return a record's sample without the last exchanges that do not fit; its only answer may be cut."""
+        sample, num_turns = self._sample(spans, text, encoding, len(record.images)), len(record.turns)
+        least = 2 + (record.turns[0].role == "system")
+        if sample.length > self.max_length and num_turns > least:
+            # Rendered once for each exchange that is dropped, a conversation of 800 turns took 41 s.
+            num_turns = min(self._estimated_turns(record, spans, encoding) + 2, num_turns - 2)
+            while (sample := self._of_turns(record, num_turns)).length > self.max_length and num_turns > least:
+                num_turns -= 2
         if sample.length > self.max_length:
             sample = self._cut(sample)
-        return replace(sample, num_turns_dropped=len(record.turns) - len(turns))
+        return replace(
+            sample,
+            num_turns_dropped=len(record.turns) - num_turns,
+            num_special_tokens=self.chat.num_special_tokens(record.turns[:num_turns]),
+        )
+
+    def _of_turns(self, record: Record, num_turns: int) -> Sample:
+        """Return the sample of a record's first turns."""
+        turns = record.turns[:num_turns]
+        spans = self.chat.spans(turns)
+        text = _text(spans)
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return self._sample(spans, text, encoding, _num_placeholders(turns))
+
+    def _estimated_turns(self, record: Record, spans: list[TextSpan], encoding: Any) -> int:
+        """Return how many turns fit by the tokens of the whole conversation; the first exchange at least."""
+        ends, token_ends = _character_spans(spans), [end for _, end in encoding.offsets]
+        num_turns, num_images = 0, 0
+        for number, turn in enumerate(record.turns, 1):
+            if turn.role == "user":
+                num_images += turn.text.count(IMAGE_PLACEHOLDER)
+            elif turn.role == "assistant":
+                num_tokens = bisect_left(token_ends, next(ends)[1]) + 1
+                if num_turns and num_tokens + num_images * (self.num_image_tokens - 1) > self.max_length:
+                    break
+                num_turns = number
+        return num_turns
 
     def _sample(self, spans: list[TextSpan], text: str, encoding: Any, num_images: int) -> Sample:
         ids: list[int] = encoding.ids
@@ -149,6 +179,10 @@ class SampleBuilder:
         return replace(
             sample, ids=sample.ids[:kept], supervised_spans=[start, end], length=self.max_length, num_tokens_cut=excess
         )
+
+
+def _num_placeholders(turns: Sequence[Turn]) -> int:
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
 
 
 def _result_or_error(act: Callable[..., T], *arguments: Any) -> T | RecordError:

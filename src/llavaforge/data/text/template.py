@@ -10,6 +10,7 @@ template that changes its contents fails that proof and the record is refused, r
      ("A red square.<|im_end|>", True), ("\n", False)]
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -18,8 +19,9 @@ from typing import Any, Literal, NamedTuple
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from llavaforge.data.faults import RecordError
-from llavaforge.data.rows.records import IMAGE_PLACEHOLDER, Turn
-from llavaforge.errors import UserError
+from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
+from llavaforge.errors import UserError, reason
+from llavaforge.model_folder.chat_template import bounded_rendering
 
 
 class TextSpan(NamedTuple):
@@ -38,12 +40,14 @@ class ChatTemplate:
         template: the Jinja chat template (chat style).
         style: `chat`, or `plain` (LLaVA's stage 1: images and caption without the instruction).
         system_prompt: system message put first (chat style); a record's own system turn wins.
+        keeps_special_tokens: keep special tokens in texts, but for those that the template itself writes.
     """
 
     tokenizer: Any
     template: str
     style: Literal["chat", "plain"]
     system_prompt: str | None
+    keeps_special_tokens: bool = False
 
     def spans(self, turns: Sequence[Turn]) -> list[TextSpan]:
         """Return the spans of a whole conversation.
@@ -56,7 +60,7 @@ class ChatTemplate:
         if self.system_prompt is not None and turns[0].role != "system":
             turns = [Turn("system", self.system_prompt), *turns]
         contents = [self.escape(turn) for turn in turns]
-        literals, ends = _literals(self, tuple(turn.role for turn in turns))
+        literals, ends = self._literals_of(tuple(turn.role for turn in turns))
         whole = "".join(a + b for a, b in zip(literals, [*contents, ""], strict=True))
         messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
         if whole != self._render(messages):
@@ -78,20 +82,37 @@ class ChatTemplate:
 
         The `<image>` of a user turn stay.
         """
-        text = turn.text
-        if not any(token in text for token in self._special_tokens):
-            return text
-        if turn.role == "user":
-            text = text.replace(IMAGE_PLACEHOLDER, "\0")
-        for token in self._special_tokens:
-            text = text.replace(token, token[0] + " " + token[1:])
-        return text.replace("\0", IMAGE_PLACEHOLDER) if turn.role == "user" else text
+        if not self._split.search(turn.text):
+            return turn.text
+        pieces = turn.text.split(IMAGE_PLACEHOLDER) if turn.role == "user" else [turn.text]
+        return IMAGE_PLACEHOLDER.join(
+            self._split.sub(lambda found: found[0][0] + " " + found[0][1:], piece) for piece in pieces
+        )
+
+    def num_special_tokens(self, turns: Sequence[Turn]) -> int:
+        """Return how many special tokens stand in texts, placeholders of images aside."""
+        found = (token for turn in turns for token in self._special.findall(turn.text))
+        return sum(token != IMAGE_PLACEHOLDER for token in found)
 
     @cached_property
     def _special_tokens(self) -> list[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         tokens = {token.content for token in added if token.special} | {IMAGE_PLACEHOLDER}
         return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return _any_of(self._special_tokens)
+
+    @cached_property
+    def _split(self) -> re.Pattern[str]:
+        """Finds the special tokens that are split in texts."""
+        if not self.keeps_special_tokens:
+            return _any_of(self._special_tokens)
+        kinds = ("bos_token", "eos_token", "pad_token", "unk_token")
+        own = {IMAGE_PLACEHOLDER, *(getattr(self.tokenizer, kind) for kind in kinds)}
+        literals = "".join(_literals(self, ("user", "assistant", "user", "assistant"))[0]) if self.template else ""
+        return _any_of([token for token in self._special_tokens if token in own or token in literals])
 
     @cached_property
     def end_token(self) -> str:
@@ -136,19 +157,37 @@ class ChatTemplate:
         spans.append(TextSpan(literals[-1][len(ends[-1]) :], False))
         return spans
 
+    def _literals_of(self, roles: tuple[str, ...]) -> tuple[list[str], list[str]]:
+        """Return the template's literal text for a conversation of these roles.
+
+        Raises:
+            RecordError: the template has no place for one of them; it has for others.
+            UserError: the template renders no conversation at all.
+        """
+        try:
+            return _literals(self, roles)
+        except UserError as error:
+            usual = ("user", "assistant") if self.system_prompt is None else ("system", "user", "assistant")
+            if roles == usual:
+                raise
+            _literals(self, usual)
+            raise RecordError("unprovable_labels", f"{error} Or leave this record out.") from None
+
     def __getstate__(self) -> dict[str, Any]:  # without the compiled template
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], limits_memory: bool = False) -> str:
         if self._list_content:
             messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            return self._direct(messages) if self._renders_directly else self._usual(messages)
+            with bounded_rendering(limits_memory):
+                return self._direct(messages) if self._renders_directly else self._usual(messages)
         except Exception as error:
-            roles = [message["role"] for message in messages]
+            roles = list(dict.fromkeys(message["role"] for message in messages))
+            drop = "Drop system_prompt, or give" if self.system_prompt is not None else "Give"
             raise UserError(
-                f"The chat template cannot render the roles {roles}: {error}. "
-                "Drop system_prompt if it has no place for one, or give a template: customize-model --chat_template."
+                f"The chat template cannot render a conversation of the roles {', '.join(roles)} ({reason(error)}). "
+                f"{drop} a template that has a place for them: customize-model --chat_template."
             ) from None
 
     def _usual(self, messages: list[dict[str, Any]]) -> str:
@@ -187,6 +226,10 @@ class ChatTemplate:
             return True
 
 
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # the longest come first; (?!) is never found
+
+
 @lru_cache(maxsize=4096)
 def _literals(chat: ChatTemplate, roles: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Learn a template's literal text around each content, and the end token after each answer.
@@ -195,7 +238,8 @@ def _literals(chat: ChatTemplate, roles: tuple[str, ...]) -> tuple[list[str], li
         `len(roles) + 1` literals, and for each of them the leading part of it that ends the answer before it.
     """
     markers = [f"\x01{number}\x02" for number in range(len(roles))]
-    rest = chat._render([{"role": role, "content": mark} for role, mark in zip(roles, markers, strict=True)])
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, markers, strict=True)]
+    rest = chat._render(messages, limits_memory=True)
     literals = []
     for role, mark in zip(roles, markers, strict=True):
         before, found, rest = rest.partition(mark)
