@@ -171,7 +171,5 @@ def test_a_role_the_template_has_no_place_for_is_the_users_fault(tokenizer: Any)
     picky = QWEN15.replace(
         "{% for", "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for", 1
     )
-    with pytest.raises(
-        UserError, match=r"cannot render a conversation of the roles system.*no system.*Drop system_prompt"
-    ):
+    with pytest.raises(UserError, match=r"cannot render a conversation of .*no system.*Drop system_prompt"):
         builder(tokenizer, picky, system_prompt="Be brief.").build(record(*CONVERSATION))

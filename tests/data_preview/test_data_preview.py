@@ -290,7 +290,7 @@ def test_bad_input_is_told(data: Path, tiny_llava: Path, tmp_path: Path) -> None
     only_bad.write_text(json.dumps(RECORDS[-1:]))
     with pytest.raises(UserError, match=r"no sound record.*row 0 \(id 'empty'\)"):
         data_preview(config(only_bad, tiny_llava))
-    with pytest.raises(UserError, match="the page cannot be written"):
+    with pytest.raises(UserError, match=r"is a folder. Name a file"):
         data_preview(config(data, tiny_llava, output=tmp_path))
 
 

@@ -103,7 +103,7 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_a_signal_to_one_saves_on_a
     again.ranks[1].terminate()
     assert again.end(timeout_s=60) == [75, 75], again.said()
     assert f"going on from {before}" in again.said()
-    assert again.said().count("start again to go on from") == 1
+    assert again.said().count("Start again to go on") == 1
     saved = newest_checkpoint(endless.output_dir)
     assert saved != before and not differences(saved)
     assert read_metrics(endless.output_dir)[-1]["step"] == int(saved.name.split("-")[1])

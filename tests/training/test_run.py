@@ -166,7 +166,7 @@ def test_steps_without_a_finite_gradient_end_the_run_and_name_their_records(
     tiny_llava: Path, shapes: Path, tmp_path: Path
 ) -> None:
     values: dict[str, Any] = dict(learning_rate=1e30, max_grad_norm=0, max_skipped_steps=2)
-    with pytest.raises(RunFailed, match="3 steps in a row.*lower the learning rate"):
+    with pytest.raises(RunFailed, match=r"3 steps in a row.*lower the learning rate"):
         train(train_config(tiny_llava, shapes / "train", tmp_path / "run", **values))
     assert not (tmp_path / "run" / "final").exists()
     unusual = read_json_lines(tmp_path / "run" / "unusual_steps.jsonl")
