@@ -12,11 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
+
+from llavaforge.errors import RunFailed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,6 +69,11 @@ def each(task: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
             while waiting:
                 done, future = waiting.popleft()
                 yield done, future.result()
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a worker process was ended from outside, most often by the system, when memory is used up. Give it "
+                "more memory, or fewer cores (taskset)."
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
