@@ -28,8 +28,11 @@ class RunFailed(UserError):
     exit_code = 1
 
 
-class StoppedEarly(Exception):
-    """The run was asked to stop and saved a checkpoint first (exit code 75, or 130 when stopped by hand)."""
+class StoppedEarly(BaseException):
+    """The run was asked to stop and saved a checkpoint first (exit code 75, or 130 when stopped by hand).
+
+    A signal may raise it anywhere, also where a library catches every `Exception`.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -137,6 +137,10 @@ def end_of_answer(template: str, tokenizer: Any) -> int | None:
     return int(tokenizer.added_tokens_encoder[max(ends, key=len)]) if ends else None
 
 
+class _TooLong(BaseException):
+    """A rendering is given up, also where a template engine catches every `Exception`."""
+
+
 @contextmanager
 def bounded_rendering(limits_memory: bool = True) -> Iterator[None]:
     """Give up a template that does not end, or takes all memory: it is a program of other people's.
@@ -152,7 +156,7 @@ def bounded_rendering(limits_memory: bool = True) -> Iterator[None]:
     """
 
     def give_up(*_: Any) -> None:
-        raise TimeoutError(f"a chat template does not end within {_LONGEST_S} s")
+        raise _TooLong
 
     timed = threading.current_thread() is threading.main_thread()
     if timed:
@@ -161,6 +165,8 @@ def bounded_rendering(limits_memory: bool = True) -> Iterator[None]:
     limits = _limit_memory() if limits_memory else None
     try:
         yield
+    except _TooLong:
+        raise TimeoutError(f"it does not end within {_LONGEST_S} s") from None
     finally:
         if limits is not None:
             resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -109,7 +109,7 @@ class World:
             UserError, StoppedEarly, OSError: as raised by `function`, on the lowest rank where it failed.
             EndedElsewhere: on the others.
         """
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             value = function()
         except (UserError, StoppedEarly, OSError) as caught:
@@ -130,7 +130,7 @@ class World:
         self.run_on_all(lambda: None)
         return self.run_on_all(function)
 
-    def fail(self, error: Exception) -> NoReturn:
+    def fail(self, error: BaseException) -> NoReturn:
         """Raise an error that every process has met: the writer's, which tells the user, and `EndedElsewhere`."""
         raise agreed(error if self.is_writer else EndedElsewhere(getattr(error, "exit_code", 1)))
 
@@ -218,7 +218,7 @@ def open_world(size: int, timeout_s: float, needs_group: bool) -> Iterator[World
         raise
 
 
-def agreed(error: Exception) -> Exception:
+def agreed(error: BaseException) -> BaseException:
     """Mark an error that every process raises at this point, so that none takes another's end for a fault."""
     error.agreed = True  # type: ignore[attr-defined]
     return error

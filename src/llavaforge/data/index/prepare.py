@@ -174,7 +174,7 @@ def _warn_of_large_groups(source: Source) -> None:
     for path in source.files:
         size = 0
         with contextlib.suppress(OSError, pa.ArrowException):  # a damaged file is told of when it is read
-            size = columns.largest_group_bytes(path) if path.suffix == ".parquet" else 0
+            size = columns.largest_group_bytes(path, source.images.image_column) if path.suffix == ".parquet" else 0
         if size > _LARGE_GROUP:
             logger.warning(
                 "%s: each of its images takes decoding %d MB, since Parquet decodes whole row groups. Write it anew "

@@ -53,7 +53,7 @@ def read_rows(
     others = dict.fromkeys(name for name in names if name not in kept)
     conversations = {renamed.get(name, name) for name in conversations}
     number = 0
-    for batch in _text_batches(path, kept or names[:1]):
+    for batch in _text_batches(path, kept or names[:1], image):
         for row in batch.to_pylist():
             row |= others
             if image is not None:
@@ -103,9 +103,9 @@ def read_image(path: Path, row: int, number: int, column: str | None = None) -> 
     return bytes(data)
 
 
-def largest_group_bytes(path: Path) -> int:
+def largest_group_bytes(path: Path, column: str | None = None) -> int:
     """Return how many bytes of images must be decoded at most to reach one of a Parquet file; 0 without images."""
-    metadata, name = _parquet(path).metadata, _image_column(path, None)
+    metadata, name = _parquet(path).metadata, _image_column(path, column)
     sizes = [0]
     for group in range(metadata.num_row_groups):
         leaves = [metadata.row_group(group).column(leaf) for leaf in range(metadata.num_columns)]
@@ -138,67 +138,72 @@ def _known_image_column(path: Path, named: str | None) -> str:
     return name
 
 
-def _text_batches(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
+def _text_batches(path: Path, names: list[str], image: str | None) -> Iterator[pa.RecordBatch]:
     """Yield columns of a file, with `True` in place of image bytes."""
+    told_by_path = False
     if path.suffix == ".parquet":
-        batches = _parquet(path).iter_batches(batch_size=_BATCH, columns=_light_leaves(path, names))
+        leaves, told_by_path = _light_leaves(path, names, image)
+        batches = _parquet(path).iter_batches(batch_size=_BATCH, columns=leaves)
     else:
         batches = iter(_arrow(path).select(names).to_batches(max_chunksize=_BATCH))
     for batch in batches:
-        columns = [_without_bytes(column) for column in batch.columns]
+        columns = [_without_bytes(column, told_by_path) for column in batch.columns]
         yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _light_leaves(path: Path, names: list[str]) -> list[str]:
-    """Return the Parquet leaves of columns: without image bytes, where it is known without them which are there.
+def _light_leaves(path: Path, names: list[str], image: str | None) -> tuple[list[str], bool]:
+    """Return the Parquet leaves of columns without image bytes, and whether an image without a path is none.
 
-    (A column that is nothing but bytes is read.)
+    Image bytes are read only where nothing else tells which are there: a merged table has structs of nulls in its
+    text-only rows. (A column that is nothing but bytes is read.)
     """
-    images = {name for name in names if _holds_images(_schema(path).field(name).type)}
     schema = _parquet(path).schema
     leaves = [schema.column(number).path for number in range(len(schema))]
-    leaves = [leaf for leaf in leaves if leaf.split(".")[0] in names]
-    light = [
-        leaf
-        for leaf in leaves
-        if leaf.split(".")[0] not in images
-        or leaf.endswith(".path")
-        or (leaf.endswith(".bytes") and not _tells_nulls(path, leaf))
-    ]
-    return light + [leaf for leaf in leaves if leaf.split(".")[0] not in {kept.split(".")[0] for kept in light}]
+    kept = [leaf for leaf in leaves if leaf.split(".")[0] in names]
+    data = f"{image}.bytes"  # lists are not looked at: an empty one counts as a null
+    if data in leaves:
+        nulls, nulls_of_path = (_num_nulls(path, leaf) for leaf in (data, f"{image}.path"))
+        if nulls and nulls != nulls_of_path:
+            return kept, False
+        if f"{image}.path" in leaves:
+            kept.remove(data)
+        return kept, bool(nulls)
+    light = [leaf for leaf in kept if leaf.split(".")[0] != image or leaf.endswith(".path")]
+    if any(leaf.split(".")[0] == image for leaf in light):
+        kept = light
+    return kept, False
 
 
-def _tells_nulls(path: Path, leaf: str) -> bool:
-    """Say whether an image's path tells if its bytes are there: none lacks them, or as many as lack the path.
-
-    A merged table has structs of nulls in its text-only rows.
-    """
-    metadata, paths = _parquet(path).metadata, leaf.removesuffix("bytes") + "path"
-    nulls = {leaf: 0, paths: 0}
+def _num_nulls(path: Path, leaf: str) -> int | None:
+    """Return how many values of a Parquet leaf are null; None when the file does not say."""
+    metadata, total = _parquet(path).metadata, 0
     for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            if column.path_in_schema in nulls:
-                statistics = column.statistics
-                if statistics is None or not statistics.has_null_count:
-                    return ".list." in leaf  # unknown: only single images are looked at
-                nulls[column.path_in_schema] += statistics.null_count
-    return nulls[leaf] == 0 or nulls[leaf] == nulls[paths] or ".list." in leaf
+        columns = (metadata.row_group(group).column(number) for number in range(metadata.num_columns))
+        for column in columns:
+            if column.path_in_schema == leaf:
+                if column.statistics is None or not column.statistics.has_null_count:
+                    return None
+                total += column.statistics.null_count
+    return total
 
 
-def _without_bytes(column: pa.Array) -> pa.Array:
+def _without_bytes(column: pa.Array, told_by_path: bool) -> pa.Array:
     """Return a column with `True` in place of image bytes; nothing is copied."""
     kind = column.type
     if _is_list(kind) and _holds_images(kind):
         first, last = column.offsets[0].as_py(), column.offsets[-1].as_py()
-        values = _without_bytes(column.values.slice(first, last - first))
+        values = _without_bytes(column.values.slice(first, last - first), told_by_path)
         return type(column).from_arrays(pc.subtract(column.offsets, first), values, mask=column.is_null())
     if pa.types.is_struct(kind) and _holds_images(kind):
         path = column.field("path") if kind.get_field_index("path") >= 0 else pa.nulls(len(column), pa.string())
         mask = column.is_null()
         if kind.get_field_index("bytes") >= 0:
             mask = pc.or_(mask, pc.and_(column.field("bytes").is_null(), path.is_null()))
+        elif told_by_path:
+            mask = pc.or_(mask, path.is_null())
         return pa.StructArray.from_arrays([path], names=["path"], mask=mask)
+    if pa.types.is_struct(kind) and told_by_path and kind.names == ["path"]:
+        return pa.StructArray.from_arrays([column.field("path")], names=["path"], mask=column.field("path").is_null())
     return column.is_valid() if _is_binary(kind) else column
 
 

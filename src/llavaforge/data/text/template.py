@@ -177,10 +177,10 @@ class ChatTemplate:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def _render(self, messages: list[dict[str, Any]], limits_memory: bool = False) -> str:
-        if self._list_content:
-            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
             with bounded_rendering(limits_memory):
+                if self._list_content:
+                    messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
                 return self._direct(messages) if self._renders_directly else self._usual(messages)
         except Exception as error:
             roles = list(dict.fromkeys(message["role"] for message in messages))
