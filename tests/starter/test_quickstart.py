@@ -21,9 +21,7 @@ SEED = 1
 def test_it_looks_and_learns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        starter, "NUM_IMAGES", 1200
-    )  # of 3000, in 40 % of the time: 0.95 is right
+    monkeypatch.setattr(starter, "NUM_IMAGES", 1200)  # of 3000, in 40 % of the time: 0.95 is right
     out = tmp_path / "quickstart"
     result = quickstart(QuickstartConfig(output_dir=out, seed=SEED))
     assert result["exact_match"] >= 0.8

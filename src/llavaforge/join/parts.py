@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.data.pixels.preprocessing import Preprocessing
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reading
 from llavaforge.join.image_processor import prepare_image_processor
 from llavaforge.join.prove import prove, refuse_settings_without_place
 from llavaforge.join.sources import HEAD, TOWER, Part, match_tensors, open_language_model, open_tower
@@ -174,7 +174,8 @@ def _tensors(
     config: CustomizeModelConfig, tower: Part, language_model: Part, joined_config: LlavaConfig
 ) -> JoinedTensors:
     """Find every tensor of the joined model in the parts; only the projector is drawn (or read)."""
-    shapes = stock_shapes(joined_config)
+    with reading(language_model.folder, "transformers' LLaVA does not take this kind of model: choose another."):
+        shapes = stock_shapes(joined_config)
     projector_shapes = {
         name.removeprefix(PROJECTOR): shape for name, shape in shapes.items() if name.startswith(PROJECTOR)
     }

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from llavaforge.data.index.index import Row
 from llavaforge.data.load.pack import make_pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
-from llavaforge.errors import UserError, reason
+from llavaforge.errors import UserError, reading, reason
 from llavaforge.join.sources import BODY, TOWER, Part
 from llavaforge.join.tokenizer import load_tokenizer
 from llavaforge.model.step import StepModule
@@ -88,12 +88,14 @@ def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig, 
         ids_BT = torch.randint(0, vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
         shape = (1, vision.num_channels, vision.image_size, vision.image_size)
         pixels_NCHW = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        expected_logits = _logits(_load(language_model, config.dtype), ids_BT)
+        with reading(language_model.folder, "It does not run by itself. Choose another language model."):
+            expected_logits = _logits(_load(language_model, config.dtype), ids_BT)
         _release_memory()
         expected_features = _features(_load(tower, config.dtype), pixels_NCHW, config.vision_feature_layer)
         _release_memory()
         model = load_verified(folder, dtype=config.dtype)
-        logits = _logits(model, ids_BT)
+        with reading(language_model.folder, "It does not run within a LLaVA. Choose another language model."):
+            logits = _logits(model, ids_BT)
         features = _features(model.model.vision_tower, pixels_NCHW, config.vision_feature_layer)
         _prove_training(model, preprocessing, language_model.folder)
     compare_logits(
@@ -139,7 +141,7 @@ def _prove_training(model: Any, preprocessing: Preprocessing, source: Path) -> N
         raise UserError(
             f"{source}: a model joined with it cannot be trained ({reason(error)}). Choose another language model."
         ) from error
-    difference = abs(float(together) - apart) / apart
+    difference = abs(float(together.detach()) - apart) / apart
     if not difference < _PACKED_TOLERANCE[model.dtype] or not 0 < gradient < float("inf"):
         raise UserError(
             f"{source}: a model joined with it cannot be trained: packed texts have another loss than one by one "

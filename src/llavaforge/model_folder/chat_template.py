@@ -8,14 +8,14 @@ stands in the text as `<image>`, with a newline between it and its neighbours:
 
 import logging
 import resource
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from llavaforge.processes.alarm import alarm
 
 log = logging.getLogger(__name__)
 
@@ -137,42 +137,24 @@ def end_of_answer(template: str, tokenizer: Any) -> int | None:
     return int(tokenizer.added_tokens_encoder[max(ends, key=len)]) if ends else None
 
 
-class _TooLong(BaseException):
-    """A rendering is given up, also where a template engine catches every `Exception`."""
-
-
 @contextmanager
 def bounded_rendering(limits_memory: bool = True) -> Iterator[None]:
     """Give up a template that does not end, or takes all memory: it is a program of other people's.
 
-    The time is bounded in the main thread, the memory on Linux.
-
     Args:
-        limits_memory: bound the memory too, of the whole process: for the few renderings at the start.
+        limits_memory: bound the memory too, of the whole process (on Linux): for the few renderings at the start.
 
     Raises:
         TimeoutError: after `_LONGEST_S`.
         MemoryError: over `_MOST_MEMORY`.
     """
-
-    def give_up(*_: Any) -> None:
-        raise _TooLong
-
-    timed = threading.current_thread() is threading.main_thread()
-    if timed:
-        before = signal.signal(signal.SIGALRM, give_up)
-        signal.setitimer(signal.ITIMER_REAL, _LONGEST_S)
     limits = _limit_memory() if limits_memory else None
     try:
-        yield
-    except _TooLong:
-        raise TimeoutError(f"it does not end within {_LONGEST_S} s") from None
+        with alarm(_LONGEST_S):
+            yield
     finally:
         if limits is not None:
             resource.setrlimit(resource.RLIMIT_AS, limits)
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
 
 def _limit_memory() -> tuple[int, int] | None:

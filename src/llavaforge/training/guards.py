@@ -46,7 +46,7 @@ class Guards:
         )
         self.bad_samples.resume(state.step, state.bad_samples)
         self._opened, self._unusual = opened, config.output_dir / _UNUSUAL
-        self._num_skipped_in_a_row = 0
+        self._num_lost_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
 
     def agree(self, fault: UserError | None, stop: StopRequest) -> None:
@@ -114,17 +114,19 @@ class Guards:
         Raises:
             RunFailed: too many steps in a row were not finite.
         """
-        self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if result.skipped else 0
-        if result.skipped:
-            self.state.num_skipped += 1
-            self._list_unusual(line, "its loss or gradient is not finite, so it is skipped")
-            if self._num_skipped_in_a_row > self._opened.config.max_skipped_steps:
+        is_dead = not result.skipped and line["grad_norm"] == 0 and self._should_learn_from(line["step"])
+        self._num_lost_in_a_row = self._num_lost_in_a_row + 1 if result.skipped or is_dead else 0
+        if self._num_lost_in_a_row:
+            self.state.num_skipped += result.skipped
+            what = "its gradient is exactly 0" if is_dead else "its loss or gradient is not finite, so it is skipped"
+            self._list_unusual(line, what)
+            if self._num_lost_in_a_row > self._opened.config.max_skipped_steps:
                 self._world.fail(
                     RunFailed(
-                        f"{self._num_skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
-                        f"(max_skipped_steps {self._opened.config.max_skipped_steps}): lower the learning rate, look "
-                        f"at the records in {self._unusual}, or train with --bf16 false to see whether the model or "
-                        f"the precision is at fault. {self._saver.newest()}"
+                        f"{self._num_lost_in_a_row} steps in a row had a loss or gradient that is not finite, or a "
+                        f"gradient of 0 (max_skipped_steps {self._opened.config.max_skipped_steps}): the run has "
+                        f"diverged (lower the learning rate), or its data or precision is at fault: look "
+                        f"at the records in {self._unusual}, and try --bf16 false. {self._saver.newest()}"
                     )
                 )
             return
@@ -134,6 +136,13 @@ class Guards:
             if loss > mean + _SPIKE_SIGMAS * deviation:
                 self._list_unusual(line, f"its loss {loss:.4g} is far above the last {_SPIKE_WINDOW} steps' {mean:.4g}")
         self._losses.append(loss)
+
+    def _should_learn_from(self, step: int) -> bool:
+        """Say whether a step can have a gradient: a projector alone learns nothing from texts."""
+        index, opened = self._opened.data.index, self._opened
+        return opened.config.train_type != "projector" or bool(
+            index.num_images[opened.plan.global_batch(step - 1)].any()
+        )
 
     def check_learnt(self) -> None:
         """Check at the end of a run that it learnt something.

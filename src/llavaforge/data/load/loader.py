@@ -21,6 +21,7 @@ from llavaforge.data.pixels.decode import ImageError, decode
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.errors import RunFailed, UserError
 from llavaforge.processes import workers
+from llavaforge.processes.alarm import alarm
 
 _PREFETCH = 4  # packs each worker keeps ready
 
@@ -98,18 +99,20 @@ def _raised(packs: Any, timeout_s: float) -> Iterator[Pack]:
     """Yield packs; a worker's fault, its death and its silence are raised."""
     while True:
         try:
-            pack = next(packs)
+            with alarm(timeout_s):
+                pack = next(packs)
         except StopIteration:
             return
+        except TimeoutError:
+            for worker in getattr(packs, "_workers", ()):  # what waits for one that hangs goes on then
+                worker.kill()
+            raise RunFailed(
+                f"no image came from the loader for {timeout_s:.0f} s (stuck_timeout_s): it hangs, as on a network "
+                "drive that does not answer. Look at the image folder's file system."
+            ) from None
         except RuntimeError as error:
-            text = str(error)
-            if not text.startswith("DataLoader"):
+            if not str(error).startswith("DataLoader worker"):
                 raise
-            if text.startswith("DataLoader timed out"):
-                raise RunFailed(
-                    f"no image came from the loader workers for {timeout_s:.0f} s (stuck_timeout_s): they hang, as "
-                    "on a network drive that does not answer. Look at the image folder's file system."
-                ) from None
             signals = {-code for worker in packs._workers if (code := worker.exitcode) is not None and code < 0}
             ended = " by " + ", ".join(signal.Signals(number).name for number in sorted(signals)) if signals else ""
             raise RunFailed(
@@ -142,7 +145,6 @@ def loading(
         num_workers=num_workers,
         prefetch_factor=_PREFETCH if num_workers else None,
         pin_memory=pin_memory,
-        timeout=timeout_s if num_workers else 0,
         worker_init_fn=_start_worker if num_workers else None,
         multiprocessing_context=workers.context() if num_workers else None,
     )

@@ -152,7 +152,8 @@ def _parse_question(row: dict[str, Any]) -> _Parsed:
     names = next((pair for pair in QUESTION_KEYS if row.get(pair[0]) is not None), QUESTION_KEYS[0])
     question, answer = (row.get(name) for name in names)
     if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational form
-        return _parse_messages({**row, "messages": [*question, *answer]})
+        images, turns, num_literals = _parse_messages({**row, "messages": [*question, *answer]})
+        return images, _images_first(turns, images), num_literals
     return _from_pairs(row, [(question, answer)], names)
 
 
@@ -174,10 +175,19 @@ def _from_pairs(row: dict[str, Any], pairs: Sequence[tuple[Any, Any]], names: Se
             if not isinstance(text, str):
                 raise RecordError("malformed_row", f"`{name}` must be a text, found {text!r:.80}.")
             turns.append(Turn(_role(role), text))
-    if not any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
-        turns[0] = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[0].text)
     system = row.get("system")
-    return images, [Turn("system", system), *turns] if isinstance(system, str) and system.strip() else turns, 0
+    if isinstance(system, str) and system.strip():
+        turns.insert(0, Turn("system", system))
+    return images, _images_first(turns, images), 0
+
+
+def _images_first(turns: Sequence[Turn], images: Sequence[ImageRef]) -> list[Turn]:
+    """Put the placeholders before the first question where the texts hold none: these formats imply them."""
+    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None or any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role == "user"):
+        return list(turns)
+    question = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[first].text)
+    return [*turns[:first], question, *turns[first + 1 :]]
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], _Parsed]] = {

@@ -136,7 +136,7 @@ class ImageStore:
         if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders):
             raise RecordError(
                 "unsafe_path",
-                f"{path} is a link out of its folder, to {real}. Allow the folder that it leads to: image_roots.",
+                f"{path} is a link out of its folder, to {real}. image_roots allows the folders that you name.",
                 name,
             )
 
