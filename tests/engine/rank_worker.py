@@ -16,6 +16,7 @@ import torch
 
 from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.pack import Pack
+from llavaforge.errors import StoppedEarly
 from llavaforge.model import loss
 from llavaforge.model.step import StepModule
 from llavaforge.training.guards import Guards
@@ -30,7 +31,7 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
     """Do to a run what the world does to runs.
 
     `nan`: [rank, step] whose loss is not a number; `stop`: [rank, step] at which that rank is asked to stop; `chunk`: a
-    number of supervised tokens from which the loss is computed in pieces.
+    number of supervised tokens from which the loss is computed in pieces; `die`: a step before which all ranks end.
     """
     forward, agree, chunk = StepModule.forward, Guards.agree, loss.CHUNK
 
@@ -39,6 +40,8 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
         return total * float("nan") if faults.get("nan") == [RANK, pack.source.step] and total.requires_grad else total
 
     def stopped(self: Guards, fault: Any, stop: Any) -> None:
+        if faults.get("die") == self.state.step:
+            raise RuntimeError("killed")
         if faults.get("stop") == [RANK, self.state.step]:
             stop.exit_code = 75
         agree(self, fault, stop)
@@ -99,7 +102,7 @@ def main() -> None:
         try:
             with injected(job["faults"]), before_step_1(memory.end):
                 answer: dict[str, Any] = {"result": train(TrainConfig.model_validate(job["config"]))}
-        except Exception as error:
+        except (Exception, StoppedEarly) as error:
             answer = {"error": type(error).__name__, "message": str(error), "code": getattr(error, "exit_code", 1)}
         answers.write(json.dumps(answer | {"loading_bytes": memory.end()}) + "\n")
         answers.flush()

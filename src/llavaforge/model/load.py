@@ -11,9 +11,12 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.errors import UserError, reading
 from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.projector import check_projector, read_projector
 from llavaforge.model_folder.verify import load_verified, num_placeholders, read_checked
+
+_REMEDY = "One of its small files (config.json, tokenizer, image processor) is at fault: correct it or copy it again."
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,14 @@ def load_model(name_or_path: str, dtype: torch.dtype | None = None, projector_fr
         together.
     """
     path = find_model_folder(name_or_path)
-    _, processor = read_checked(path)
-    model = load_verified(path, dtype, processor)
+    with reading(path, _REMEDY):
+        _, processor = read_checked(path)
+        loaded = _loaded(path, load_verified(path, dtype, processor), processor)
     if projector_from is not None:
-        projector, tensors = model.model.multi_modal_projector, read_projector(projector_from)
+        projector, tensors = loaded.model.model.multi_modal_projector, read_projector(projector_from)
         check_projector(projector_from, tensors, {name: old.shape for name, old in projector.state_dict().items()})
         projector.load_state_dict(tensors)
-    return _loaded(path, model, processor)
+    return loaded
 
 
 def load_without_weights(name_or_path: str) -> LoadedModel:
@@ -69,14 +73,18 @@ def load_without_weights(name_or_path: str) -> LoadedModel:
         UserError: as `load_model`, but for the weights.
     """
     path = find_model_folder(name_or_path)
-    config, processor = read_checked(path)
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    return _loaded(path, model, processor)
+    with reading(path, _REMEDY):
+        config, processor = read_checked(path)
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(config)
+        return _loaded(path, model, processor)
 
 
 def _loaded(path: Path, model: Any, processor: Any) -> LoadedModel:
     preprocessing = Preprocessing.of(processor.image_processor)
+    preprocessing.blank()
+    if not isinstance(processor.image_token_id, int):
+        raise UserError(f"{path}: the processor knows no `<image>` token. {_REMEDY}")
     return LoadedModel(path, model, processor, preprocessing, num_placeholders(processor)[0])
 
 

@@ -16,6 +16,7 @@ from llavaforge.model_folder.towers import TOWERS
 
 log = logging.getLogger(__name__)
 
+_MOST_ADDITIONAL_TOKENS = 64
 _COPY_AGAIN = "Correct it, or download or copy it again."
 
 
@@ -111,6 +112,9 @@ def read_processor(folder: Path) -> LlavaProcessor:
     if not isinstance(processor, LlavaProcessor):
         raise UserError(f"{folder}: holds a {type(processor).__name__}, not a complete LlavaProcessor.")
     _complete(processor, folder)
+    number = processor.num_additional_image_tokens
+    if not isinstance(number, int) or not 0 <= number <= _MOST_ADDITIONAL_TOKENS:
+        raise UserError(f"{folder}: num_additional_image_tokens is {number!r:.50}; 1 is a CLIP's, 0 a SigLIP's.")
     _take_jinja(processor, folder)
     return processor
 

@@ -16,6 +16,8 @@ from PIL import Image
 from llavaforge.data.pixels.decode import MAX_IMAGE_PIXELS, ImageTooLarge
 from llavaforge.errors import UserError
 
+_MOST_PIXELS = 8192  # of an edge: a hundredfold of the image tokens of the largest towers
+
 Pixels = npt.NDArray[np.uint8]
 
 # Filters that fade to zero at their ends: resizing a part of an image gives its pixels, in 2248 of 2248 trials. BOX and
@@ -58,6 +60,11 @@ class Preprocessing:
         pads = bool(getattr(processor, "do_pad", False))
         if (isinstance(resize, tuple) and None in resize) or (isinstance(resize, int) and not crops and not pads):
             raise UserError(f"{type(processor).__name__}: size {size} does not give all images one size.")
+        edges = [*(resize if isinstance(resize, tuple) else (resize,)), *(dict(crop or {}).values() if crops else ())]
+        if not all(isinstance(edge, int) and 1 <= edge <= _MOST_PIXELS for edge in edges):
+            raise UserError(
+                f"{type(processor).__name__}: sizes {edges} are no numbers of pixels from 1 to {_MOST_PIXELS}."
+            )
         return cls(
             pad_color=tuple(int(mean * 255) for mean in processor.image_mean) if pads else None,
             resize=resize,
