@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-data bench-scaling
+.PHONY: demo test check bench bench-data bench-scaling faults soak
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -31,3 +31,9 @@ bench-data: .venv/installed
 
 bench-scaling: .venv/installed
 	$(BIN)/python -m bench.scaling
+
+faults: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.faults
+
+soak: .venv/installed
+	$(BIN)/python -m bench.soak

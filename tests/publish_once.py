@@ -7,7 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from llavaforge.files import publishing, replace_text
+from llavaforge.files import replace_text
+from llavaforge.folders import publishing
 
 if __name__ == "__main__":
     folder, content = Path(sys.argv[1]), sys.argv[2]

@@ -1,132 +1,214 @@
-"""Folders are published whole or not at all, and nothing is deleted that is not proved to be ours."""
+"""A file of the user's is never replaced, whatever its name was given for; one of ours is, whole or not at all."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llavaforge import files as files
-from llavaforge.files import differences, not_published, publishing, remove_leftovers, replace_text
+from llavaforge.cli import main
+from llavaforge.files import append_line, read_json_lines, replace_text, to_json
+from llavaforge.folders import set_aside
+
+PRECIOUS = "precious\n"
+Arguments = Callable[[Path, Path, Path], list[str]]
+
+# By the file that is written: how it is asked for, given a model, data and a folder.
+WRITTEN: dict[str, Arguments] = {
+    "report.html": lambda model, data, out: ["data", "check", f"--data_path={data}", f"--report={out}"],
+    "findings.jsonl": lambda model, data, out: ["data", "check", f"--data_path={data}", f"--report={out}"],
+    "list.jsonl": lambda model, data, out: [
+        "data", "check", f"--data_path={data}", f"--quarantine={out / 'list.jsonl'}"
+    ],
+    "page.html": lambda model, data, out: [
+        "data", "preview", f"--data_path={data}", f"--model_name_or_path={model}", f"--output={out / 'page.html'}"
+    ],
+    "samples.jsonl": lambda model, data, out: [
+        "evaluate", f"--data_path={data}", f"--model_name_or_path={model}", f"--output_dir={out}", "--max_samples=2",
+        "--dataloader_num_workers=0", "--exact_match=false",
+    ],
+    "summary.json": lambda model, data, out: [
+        "evaluate", f"--data_path={data}", f"--model_name_or_path={model}", f"--output_dir={out}", "--max_samples=2",
+        "--dataloader_num_workers=0", "--exact_match=false",
+    ],
+    "job.sh": lambda model, data, out: [
+        "slurm", str(recipe(out, model, data)), "--gpus_per_node=1", f"--output={out / 'job.sh'}", "--overwrite"
+    ],
+}  # fmt: skip
 
 
-def publish(folder: Path, text: str, overwrite: bool = False) -> None:
-    with publishing(folder, overwrite=overwrite) as temporary:
-        (temporary / "sub").mkdir()
-        (temporary / "sub" / "a.txt").write_text(text)
+def recipe(folder: Path, model: Path, data: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"model_name_or_path": str(model), "data_path": str(data), "output_dir": "run"}))
+    return path
 
 
-def leftover(destination: Path, kind: str, pid: int) -> Path:
-    """A temporary folder as this machine's process `pid` names it."""
-    folder = files._temporary(destination, kind)
-    folder = folder.with_name(folder.name.replace(f"-{os.getpid()}-", f"-{pid}-"))
-    folder.mkdir()
-    (folder / "a.txt").write_text("half")
-    return folder
+@pytest.mark.parametrize("name", WRITTEN)
+def test_another_file_of_that_name_is_refused_before_any_work_and_ours_replaced(
+    name: str, tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(shapes / "train" / "images")
+    rows = json.loads((shapes / "train" / "chat.json").read_text())[:3]
+    rows[1]["conversations"][1]["value"] = ""  # so that a list of faults has a line
+    (data / "chat.json").write_text(json.dumps(rows if name in ("list.jsonl", "findings.jsonl") else rows[::2]))
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = WRITTEN[name](tiny_llava, data, out)
+    (out / name).write_text(PRECIOUS)
+    before = sorted(path.name for path in out.iterdir())
+    assert main(arguments) == 2
+    assert f"{out / name}: is there already, and llavaforge did not write it" in capsys.readouterr().err
+    assert (out / name).read_text() == PRECIOUS and sorted(path.name for path in out.iterdir()) == before
+    (out / name).unlink()
+    for _ in range(2):  # written, and then replaced
+        assert main(arguments) == (
+            2
+            if rows[1]["conversations"][1]["value"] == ""
+            and "check" in arguments
+            and name in ("list.jsonl", "findings.jsonl")
+            else 0
+        )
+        assert (out / name).read_text() not in ("", PRECIOUS)
+    (out / name).unlink()
+    (out / name).mkdir()
+    assert main(arguments) == 2
+    assert "is a folder. Name a file" in capsys.readouterr().err
 
 
-@pytest.fixture
-def dead() -> int:
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llavaforge import files
+name = sys.argv[2]
+real = getattr(os, name)
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(os, name, die)
+files.replace_text(Path(sys.argv[1]), "new" * 100_000)
+"""
 
 
-def test_a_folder_appears_with_its_manifest_and_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    publish(folder, "one")
-    assert differences(folder) == [] and not_published(folder) == []
-    with pytest.raises(FileExistsError):
-        publish(folder, "two")
-    assert (folder / "sub" / "a.txt").read_text() == "one"
-    publish(folder, "two", overwrite=True)
-    assert (folder / "sub" / "a.txt").read_text() == "two" and list(tmp_path.iterdir()) == [folder]
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_while_a_file_is_replaced_leaves_the_old_one(moment: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("old")
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path), moment]).returncode == -9
+    assert path.read_text() == "old"
 
 
-def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path) -> None:
-    publish(tmp_path / "out", "one")
-    with pytest.raises(RuntimeError), publishing(tmp_path / "out", overwrite=True) as temporary:
-        (temporary / "b.txt").write_text("two")
-        raise RuntimeError
-    assert differences(tmp_path / "out") == [] and list(tmp_path.iterdir()) == [tmp_path / "out"]
+def test_a_linked_file_stays_a_link_and_what_is_no_file_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    replace_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "text"
+    replace_text(Path("/dev/null"), "text")
+    assert not Path("/dev/null").is_file()
 
 
-def test_overwrite_touches_no_neighbour(tmp_path: Path) -> None:
-    for name in ("out.old", "out.new", ".tmp-1-out", ".out"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "notes").write_text("precious")
-    publish(tmp_path / "out", "one")
-    publish(tmp_path / "out", "two", overwrite=True)
-    remove_leftovers(tmp_path)
-    for name in ("out.old", "out.new", ".tmp-1-out", ".out"):
-        assert (tmp_path / name / "notes").read_text() == "precious"
+def test_a_full_disk_is_told_by_name_and_leaves_the_old_file(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from llavaforge.errors import as_user_error
+from llavaforge.files import replace_text
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # what is written past it fails as on a full disk
+try:
+    replace_text(Path(sys.argv[1]), "x" * 100_000)
+except OSError as error:
+    print(as_user_error(error))
+"""
+    path = tmp_path / "file"
+    path.write_text("old")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stdout.startswith(f"{path}: File too large.") and path.read_text() == "old"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("stranger", ["notes.txt", ".hidden", "runs/metrics.jsonl", "sub/b.txt", "sub/a.txt"])
-def test_a_folder_with_anything_else_inside_is_not_replaced(stranger: str, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    publish(folder, "one")
-    (folder / stranger).parent.mkdir(exist_ok=True)
-    (folder / stranger).write_text("precious")
-    assert not_published(folder)[-1] == stranger
-    with pytest.raises(FileExistsError):
-        publish(folder, "two", overwrite=True)
-    assert (folder / stranger).read_text() == "precious" and list(tmp_path.iterdir()) == [folder]
+def test_lists_of_ours_are_valid_json_whatever_is_written_and_cut(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    assert read_json_lines(path) == []
+    append_line(path, {"loss": float("nan"), "deep": [float("inf"), {"x": (1.0, -float("inf"))}]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "loss": None,
+        "deep": [None, {"x": [1.0, None]}],
+    }
+    with path.open("ab") as file:
+        file.write(b'{"half": \n\n[1]\n\xff\xfe\n{"whole": 1}\n')
+    assert read_json_lines(path)[1:] == [{"whole": 1}]
+    assert to_json({"a": 1.5}) == '{"a": 1.5}'
 
 
-def test_what_comes_while_the_new_folder_is_made_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    publish(folder, "one")
-    with pytest.raises(FileExistsError), publishing(folder, overwrite=True) as temporary:
-        (temporary / "b.txt").write_text("two")
-        (folder / "notes.txt").write_text("precious")
-    assert (folder / "notes.txt").read_text() == "precious"
+def test_what_is_set_aside_takes_a_free_name(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "final").mkdir()
+        (tmp_path / "final" / "n").write_text(str(number))
+        set_aside(tmp_path / "final")
+    names = ("final.corrupt", "final.corrupt-2", "final.corrupt-3")
+    assert [(tmp_path / name / "n").read_text() for name in names] == ["0", "1", "2"]
 
 
-def test_a_folder_without_a_manifest_or_with_a_broken_one_is_not_ours(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    assert not_published(tmp_path) == ["no readable manifest.json"]
-    for broken in ("{", "[]", '{"files": 3}', '{"files": {"a.txt": 3}}'):
-        (tmp_path / "manifest.json").write_text(broken)
-        assert not_published(tmp_path), broken
+def test_of_a_bad_place_the_user_is_told_and_no_other_error_is_called_theirs(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    train = ["train", f"--model_name_or_path={tiny_llava}", f"--data_path={shapes / 'train'}", "--max_steps=1"]
+    train += ["--dataloader_num_workers=0"]
+    nowhere = "/proc/llavaforge"  # no folder can be made there, by nobody
+    for arguments, named in (
+        ([*train, f"--output_dir={tmp_path / 'file' / 'run'}"], tmp_path / "file"),
+        ([*train, f"--output_dir={nowhere}/run"], nowhere),
+        ([*train, f"--output_dir={tmp_path / 'run'}", f"--cache_dir={nowhere}/cache"], nowhere),
+        (["data", "check", f"--data_path={shapes / 'train'}", f"--report={nowhere}/report"], nowhere),
+        (["customize-model", f"--vision_tower={tiny_llava}", f"--language_model={tiny_llava}",
+          f"--output_dir={nowhere}/model"], nowhere),
+        (["data", "make-shapes", f"--output_dir={nowhere}/shapes", "--num_samples=2"], nowhere),
+    ):  # fmt: skip
+        assert main(arguments) == 2, arguments
+        told = capsys.readouterr().err
+        assert str(named) in told and "Traceback" not in told
+    assert not os.path.exists(tmp_path / "run" / "final")
+
+    def breaks(*_: object) -> None:
+        raise OSError(2, "No such file or directory", str(Path(__file__).parent.parent / "src" / "llavaforge" / "x.py"))
+
+    monkeypatch.setattr("llavaforge.starter.shapes.make_shapes", breaks)
+    import llavaforge
+
+    monkeypatch.setattr("llavaforge.errors.__file__", str(Path(llavaforge.__file__).parent / "errors.py"))
+    assert main(["data", "make-shapes", f"--output_dir={tmp_path / 's'}", "--num_samples=2"]) == 1
+    assert "a fault in llavaforge" in capsys.readouterr().err
 
 
-def test_only_leftovers_of_dead_processes_of_this_machine_are_removed(tmp_path: Path, dead: int) -> None:
-    mine = [leftover(tmp_path / "out", "new", dead), leftover(tmp_path / "text", "new", os.getpid())]
-    alive = leftover(tmp_path / "out", "new", os.getppid())
-    elsewhere = leftover(tmp_path / "out", "new", dead + 1)
-    elsewhere = elsewhere.rename(elsewhere.with_name(elsewhere.name.replace(files._machine(), "00000000")))
-    users = tmp_path / ".tmp-mine"
-    users.mkdir()
-    remove_leftovers(tmp_path)
-    assert not any(path.exists() for path in mine) and alive.exists() and elsewhere.exists() and users.exists()
-
-
-def test_leftovers_of_another_name_stay_while_one_is_written(tmp_path: Path, dead: int) -> None:
-    other = leftover(tmp_path / "another", "new", dead)
-    publish(tmp_path / "out", "one")
-    assert other.exists()
-
-
-def test_a_folder_that_was_moved_aside_for_one_that_never_came_is_put_back(tmp_path: Path, dead: int) -> None:
-    publish(tmp_path / "out", "one")
-    old = files._temporary(tmp_path / "out", "old")
-    (tmp_path / "out").rename(old.with_name(old.name.replace(f"-{os.getpid()}-", f"-{dead}-")))
-    leftover(tmp_path / "out", "new", dead)
-    remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and differences(tmp_path / "out") == []
-
-
-def test_a_linked_folder_is_replaced_where_it_is(tmp_path: Path) -> None:
-    publish(tmp_path / "real", "one")
-    (tmp_path / "link").symlink_to("real")
-    publish(tmp_path / "link", "two", overwrite=True)
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "sub" / "a.txt").read_text() == "two"
-
-
-def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
-    for text in ("one", "two"):
-        replace_text(tmp_path / "latest", text)
-        assert (tmp_path / "latest").read_text() == text and list(tmp_path.iterdir()) == [tmp_path / "latest"]
+def test_control_characters_of_other_peoples_texts_do_not_reach_the_terminal(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    escape = "a \x1b]0;owned\x07\x1b[2J red \u202e"
+    rows = json.loads((shapes / "train" / "chat.json").read_text())[:4]
+    for row in rows:
+        row["conversations"][1]["value"] = escape
+        row["id"] = escape
+    rows.append({"id": escape, "image": escape, **{key: rows[0][key] for key in ("conversations",)}})
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(shapes / "train" / "images")
+    (data / "chat.json").write_text(json.dumps(rows))
+    (tmp_path / escape.replace("/", "")).write_text("- no recipe")
+    common = [f"--data_path={data}", f"--model_name_or_path={tiny_llava}"]
+    for arguments in (
+        ["train", *common, f"--output_dir={tmp_path / 'run'}", "--max_steps=1", "--dataloader_num_workers=0"],
+        ["train", *common, f"--output_dir={tmp_path / 'run'}", "--max_steps=1", "--dataloader_num_workers=0",
+         "--on_bad_sample=skip"],
+        ["data", "check", *common],
+        ["data", "preview", *common],
+        ["train", str(tmp_path / escape)],
+        ["train", f"--model_name_or_path={escape}", f"--data_path={data}", f"--output_dir={tmp_path / 'run'}"],
+    ):  # fmt: skip
+        main(arguments)
+        out, err = capfd.readouterr()
+        for text in (out, err):
+            assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text, arguments

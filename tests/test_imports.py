@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "llavaforge"
 FLOORS: list[set[str]] = [
     {"errors", "progress", "results", "version"},
     {"files"},
+    {"folders"},
     {"config", "processes", "report"},
     {"model_folder"},
     {"data"},
@@ -103,7 +104,7 @@ def test_distributed_code_sits_behind_the_engine(path: Path) -> None:
 
 
 def test_the_publisher_imports_no_torch() -> None:
-    code = "import sys, llavaforge.files; sys.exit('torch' in sys.modules)"
+    code = "import sys, llavaforge.folders; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llavaforge.files import differences, remove_leftovers
+from llavaforge.folders import differences, remove_leftovers
 
 SCRIPT = str(Path(__file__).with_name("publish_once.py"))
 # All calls by which the publisher changes a disk.

@@ -1,14 +1,6 @@
-"""Publish a folder atomically: either all of it is there under its name, or nothing is.
+"""Single files: replaced whole or not at all, ours told from the user's, remembered by their sums.
 
-Comes in: a function that fills a folder. Goes out: the folder under its final name, with a manifest
-of sizes and SHA-256 sums. Imports no torch, so that a test can
-inject a fault at every system call and still be quick.
-
-The order is the whole point: fill a temporary sibling, write the manifest, fsync every file and the folder,
-rename, fsync the parent. A kill at any moment leaves the old state or the new one.
-
-What is deleted or replaced is proved to be ours: by a manifest, by a name with our prefix and the number of a process
-that is gone, or of a single file by how it begins. What is damaged is moved aside, not deleted.
+Comes in: a path and what is to stand there. Goes out: the file. Imports no torch.
 """
 
 import hashlib
@@ -17,213 +9,19 @@ import logging
 import math
 import os
 import re
-import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from llavaforge.errors import UserError, naming
 
-MANIFEST = "manifest.json"
 PREFIX = ".llavaforge"  # of temporary names, before the machine, the process and what they are; and of locks
-_NEW, _OLD = "new", "old"
+NEW = "new"
 _SUM_DIGITS = 64
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def publishing(
-    destination: Path, entries: dict[str, dict[str, Any]] | None = None, overwrite: bool = False
-) -> Iterator[Path]:
-    """Give a temporary sibling folder to fill; publish it as `destination` when the block ends well.
-
-    If the block raises, the temporary folder is removed and nothing is published.
-
-    Args:
-        destination: a path that does not exist yet (or an empty folder).
-        entries: manifest entries of files that others wrote, flushed and summed (`entry_of`); filled within the block.
-        overwrite: replace a published folder, once the new one is complete.
-
-    Raises:
-        FileExistsError: `destination` exists and is not empty, or with `overwrite` holds what was not published.
-    """
-    destination = destination.resolve()
-    _check_replaceable(destination, overwrite)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(destination.parent, destination.name)
-    temporary = _temporary(destination, _NEW)
-    temporary.mkdir()
-    try:
-        with naming(destination):
-            yield temporary
-        _open_to_readers(temporary)
-        write_manifest(temporary, entries or {})
-        _sync_tree(temporary, entries or {})
-        _check_replaceable(destination, overwrite)  # once more: the block may have taken hours
-        old = _temporary(destination, _OLD)
-        if destination.exists() and any(destination.iterdir()):
-            os.rename(destination, old)  # killed after this, the next `remove_leftovers` puts it back
-        elif destination.exists():
-            destination.rmdir()
-        os.rename(temporary, destination)
-        sync_path(destination.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _check_replaceable(destination: Path, overwrite: bool) -> None:
-    if destination.exists() and any(destination.iterdir()) and (not overwrite or not_published(destination)):
-        raise FileExistsError(f"{destination} is not empty")
-
-
-def not_published(folder: Path) -> list[str]:
-    """Return what of a folder its manifest does not prove to be published: paths below it, or that it has no manifest.
-
-    Names and sizes are compared. Whatever is not in the list may be deleted.
-    """
-    try:
-        entries = read_manifest(folder)
-    except (OSError, ValueError):
-        return [f"no readable {MANIFEST}"]
-    known = {MANIFEST, *entries, *(parent.as_posix() for name in entries for parent in Path(name).parents)}
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    sizes = {name: path.lstat().st_size for name, path in found.items() if name in entries}
-    return [name for name in found if name not in known or (name in sizes and sizes[name] != entries[name]["bytes"])]
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of a published folder's manifest, by path below it.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a manifest.
-    """
-    content = json.loads((folder / MANIFEST).read_bytes())
-    entries = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(entries, dict):
-        raise ValueError("no list of files")
-    for name, entry in entries.items():
-        whole = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
-        if not whole or not is_inside(name):
-            raise ValueError(f"no entry of a file: {name!r:.100}")
-    return entries
-
-
-def is_inside(name: str) -> bool:
-    """Say whether a relative file name stays below its folder."""
-    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
-
-
-def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]]) -> None:
-    """Write `manifest.json`: size in bytes and SHA-256 of every other file below `folder`.
-
-    Args:
-        folder: complete but for the manifest.
-        known: entries that are there already, by path.
-    """
-    paths = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    unknown = [name for name in paths if name not in known]
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip(unknown, pool.map(lambda name: entry_of(paths[name]), unknown), strict=True))
-    entries = {name: known[name] if name in known else found[name] for name in paths}
-    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    """Return a file's entry in the manifest."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def differences(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """Compare a published folder with its manifest.
-
-    Args:
-        folder: published.
-        share: which part of the files to look at, when several processes divide the work.
-        num_shares: number of parts.
-
-    Returns:
-        One line per difference (missing manifest, missing file, other size, other content); empty when all is well.
-
-    Raises:
-        OSError: a file is there and cannot be read just now; whether it is sound is not known.
-    """
-    try:
-        entries = read_manifest(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return [f"{MANIFEST}: missing"]
-    except (ValueError, RecursionError) as error:
-        return [f"{MANIFEST}: damaged ({error})"]
-    mine = sorted(entries.items())[share::num_shares]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: _difference(folder / item[0], item[1]), mine)
-        return [difference for difference in found if difference]
-
-
-def fingerprint(folder: Path) -> str:
-    """Identify a model folder by the content of its weights, config and tokenizer.
-
-    A published folder's manifest saves reading weights again that have its size and are not newer than it.
-    """
-    known: dict[str, dict[str, Any]] = {}
-    with suppress(OSError, ValueError):
-        known = read_manifest(folder)
-    written_ns = (folder / MANIFEST).stat().st_mtime_ns if known else 0
-    paths = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "tokenizer.json")
-    )
-
-    def content(path: Path) -> str:
-        status, entry = path.stat(), known.get(path.name)
-        if entry is not None and status.st_size == entry["bytes"] and status.st_mtime_ns <= written_ns:
-            return str(entry["sha256"])
-        return remembered_sha256(path, cache_dir())
-
-    with ThreadPoolExecutor() as pool:
-        sums = pool.map(content, paths)
-    lines = (f"{path.name} {one}\n" for path, one in zip(paths, sums, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def cache_dir(chosen: Path | str | None = None) -> Path:
-    """Return where prepared data, and sums of large files, are kept."""
-    return Path(chosen or os.environ.get("LLAVAFORGE_CACHE") or Path("~/.cache/llavaforge").expanduser())
-
-
-def remembered_sha256(path: Path, cache: Path) -> str:
-    """Return a file's SHA-256, remembered by size, times and inode: a gigabyte takes a second or more.
-
-    Args:
-        path: the file.
-        cache: folder of the cache; where it cannot be written, nothing is remembered.
-    """
-    status = path.stat()
-    key = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    known = cache / "contents" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    with suppress(OSError):
-        if len(text := known.read_text(errors="replace")) == _SUM_DIGITS:
-            return text
-    digest = sha256(path)
-    with suppress(OSError):
-        known.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(known, digest)
-    return digest
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged folder, so that its name is free and nothing of it is lost; return its new name."""
-    names = (folder.with_name(f"{folder.name}.corrupt{f'-{number}' * (number > 1)}") for number in count(1))
-    return folder.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def check_own(path: Path, own: str) -> None:
@@ -273,7 +71,7 @@ def replace_bytes(path: Path, content: bytes, own: str | None = None) -> None:
         if path.exists() and not path.is_file():  # /dev/stdout
             path.write_bytes(content)
             return
-        temporary = _temporary(path, _NEW)
+        temporary = temporary_path(path, NEW)
         try:
             temporary.write_bytes(content)
             sync_path(temporary)
@@ -281,19 +79,6 @@ def replace_bytes(path: Path, content: bytes, own: str | None = None) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         sync_path(path.parent)
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Return JSON that every reader takes: numbers that are not finite become null (JSON has none of them)."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
@@ -320,52 +105,47 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def remove_leftovers(parent: Path, name: str = "") -> None:
-    """Remove what processes of this machine that were killed while they wrote have left in `parent`.
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON that every reader takes: numbers that are not finite become null (JSON has none of them)."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
-    A folder that was moved aside for a new one that never came is put back. Anything whose name is not wholly ours, or
-    whose process is alive or elsewhere, stays.
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_inside(name: str) -> bool:
+    """Say whether a relative file name stays below its folder."""
+    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
+
+
+def cache_dir(chosen: Path | str | None = None) -> Path:
+    """Return where prepared data, and sums of large files, are kept."""
+    return Path(chosen or os.environ.get("LLAVAFORGE_CACHE") or Path("~/.cache/llavaforge").expanduser())
+
+
+def remembered_sha256(path: Path, cache: Path) -> str:
+    """Return a file's SHA-256, remembered by size, times and inode: a gigabyte takes a second or more.
 
     Args:
-        parent: an existing folder.
-        name: of the file or folder that was being written; empty for all.
+        path: the file.
+        cache: folder of the cache; where it cannot be written, nothing is remembered.
     """
-    pattern = re.compile(rf"{PREFIX}-{_machine()}-(\d+)-({_NEW}|{_OLD})-({re.escape(name) or '.+'})")
-    found = [match for path in parent.iterdir() if (match := pattern.fullmatch(path.name))]
-    for match in sorted(found, key=lambda match: match[2] == _NEW):  # old ones first
-        leftover, destination = parent / match[0], parent / match[3]
-        if int(match[1]) != os.getpid() and _is_running(int(match[1])):
-            continue
-        if match[2] == _OLD and not destination.exists():
-            os.rename(leftover, destination)
-        elif leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def _temporary(destination: Path, kind: str) -> Path:
-    return destination.with_name(f"{PREFIX}-{_machine()}-{os.getpid()}-{kind}-{destination.name}")
-
-
-@cache
-def _machine() -> str:
-    """Identify what process numbers belong to: a host, and in a container its own space of numbers."""
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:  # not Linux
-        space = 0
-    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's; not a number of ours
-        return True
-    return True
+    status = path.stat()
+    key = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    known = cache / "contents" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    with suppress(OSError):
+        if len(text := known.read_text(errors="replace")) == _SUM_DIGITS:
+            return text
+    digest = sha256(path)
+    with suppress(OSError):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(known, digest)
+    return digest
 
 
 def sha256(path: Path) -> str:
@@ -383,28 +163,16 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _difference(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path.name}: missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path.name}: {path.stat().st_size} bytes instead of {entry['bytes']}"
-    if sha256(path) != entry["sha256"]:
-        return f"{path.name}: content differs from its SHA-256"
-    return None
+def temporary_path(destination: Path, kind: str) -> Path:
+    """Return a sibling's name that tells whose it is, so that only those of dead processes are ever removed."""
+    return destination.with_name(f"{PREFIX}-{machine()}-{os.getpid()}-{kind}-{destination.name}")
 
 
-def _open_to_readers(folder: Path) -> None:
-    """Let every file be read by whom the folder lets in: safetensors makes its files private."""
-    mode = folder.stat().st_mode & 0o666
-    for path in _files(folder):
-        path.chmod(mode)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _sync_tree(folder: Path, done: Mapping[str, dict[str, Any]]) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if path.relative_to(folder).as_posix() not in done:
-            sync_path(path)
+@cache
+def machine() -> str:
+    """Identify what process numbers belong to: a host, and in a container its own space of numbers."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        space = 0
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]

@@ -46,7 +46,7 @@ def test_a_checkpoint_of_an_older_run_is_read(old_run: Path) -> None:
     text = run_json.read_text()
     # Where the base model is now; the manifest is written anew, as this is no fault of the files.
     run_json.write_text(text.replace("/tmp/fixture/model", str(old_run / "model")))
-    from llavaforge.files import write_manifest
+    from llavaforge.folders import write_manifest
 
     write_manifest(run_json.parent, {})
     trained = read_trained(run_json.parent)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, LlavaForConditionalGeneration
 
 from llavaforge.errors import UserError
-from llavaforge.files import differences
+from llavaforge.folders import differences
 from llavaforge.model_folder.names import to_file_name, to_module_name
 from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
 from llavaforge.model_folder.tensors import open_tensors, write_shards

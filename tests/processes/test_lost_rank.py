@@ -11,7 +11,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from llavaforge.files import differences
+from llavaforge.folders import differences
 from llavaforge.training.metrics import read_metrics
 from ranks import free_port, rank_environment
 from train_tools import command, train_config

@@ -13,7 +13,7 @@ from cluster import Cluster, wait
 
 from llavaforge.checkpoint.state import load_run
 from llavaforge.config.schema import CustomizeModelConfig
-from llavaforge.files import differences
+from llavaforge.folders import differences
 from llavaforge.join.parts import customize_model
 from llavaforge.training.metrics import read_metrics
 from train_tools import tensors_of

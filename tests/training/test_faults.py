@@ -18,7 +18,8 @@ import torch
 
 from llavaforge.engine.base import StepResult
 from llavaforge.errors import UserError
-from llavaforge.files import differences, read_json_lines
+from llavaforge.files import read_json_lines
+from llavaforge.folders import differences
 from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train

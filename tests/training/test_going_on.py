@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llavaforge import files
+from llavaforge import folders
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.training.run import train
@@ -88,7 +88,7 @@ def test_what_the_user_put_into_final_is_kept_when_it_is_replaced(config: Config
     (tmp_path / "run" / "final" / "notes.txt").write_text("precious")
     train(config(max_steps=6))
     assert (tmp_path / "run" / "final.corrupt" / "notes.txt").read_text() == "precious"
-    assert not files.differences(tmp_path / "run" / "final")
+    assert not folders.differences(tmp_path / "run" / "final")
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -142,7 +142,7 @@ def test_a_checkpoint_that_cannot_be_read_just_now_stays_what_it_is(
         raise OSError(5, "Input/output error", str(path))
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
-        patch.setattr(files, "sha256", fails)  # the disk's fault is injected; what it leads to is tested
+        patch.setattr(folders, "sha256", fails)  # the disk's fault is injected; what it leads to is tested
         train(config())
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert train(config())["global_step"] == 4

@@ -14,7 +14,7 @@ import torch
 
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.errors import StoppedEarly, UserError
-from llavaforge.files import differences
+from llavaforge.folders import differences
 from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llavaforge.config import train_types
 from llavaforge.data.load.pack import Pack
 from llavaforge.errors import RunFailed, UserError
-from llavaforge.files import differences, read_json_lines
+from llavaforge.files import read_json_lines
+from llavaforge.folders import differences
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import part_of
 from llavaforge.model_folder.tensors import open_tensors

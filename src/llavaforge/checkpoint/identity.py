@@ -20,7 +20,7 @@ from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.order.mixture import Mixture, RowNumbers
 from llavaforge.data.order.plan import Plan
 from llavaforge.errors import UserError
-from llavaforge.files import fingerprint
+from llavaforge.folders import fingerprint
 from llavaforge.model.load import LoadedModel
 from llavaforge.model.trainable import lora_options
 from llavaforge.version import __version__

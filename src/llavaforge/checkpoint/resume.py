@@ -19,7 +19,8 @@ from llavaforge.checkpoint.state import LATEST, PREFIX, RUN, load_run, steps_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.files import PREFIX as OWN_PREFIX
-from llavaforge.files import differences, remove_leftovers, replace_text, set_aside, to_json
+from llavaforge.files import replace_text, to_json
+from llavaforge.folders import differences, remove_leftovers, set_aside
 from llavaforge.processes.world import World
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ import torch
 
 from llavaforge.engine.base import Engine, ParameterState
 from llavaforge.errors import EndedElsewhere, UserError, naming
-from llavaforge.files import entry_of, not_published, publishing, replace_text, sync_path, to_json
+from llavaforge.files import replace_text, sync_path, to_json
+from llavaforge.folders import entry_of, not_published, publishing
 from llavaforge.model_folder.read import read_json
 from llavaforge.model_folder.tensors import name_shards, open_tensors, write_numbered
 

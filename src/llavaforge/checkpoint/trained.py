@@ -12,7 +12,8 @@ import torch
 
 from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
 from llavaforge.errors import UserError
-from llavaforge.files import differences, fingerprint, to_json
+from llavaforge.files import to_json
+from llavaforge.folders import differences, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.lora import LoraOptions, add_lora, lora_modules, merged_weight, trained_tensors
 from llavaforge.model_folder.tensors import open_tensors

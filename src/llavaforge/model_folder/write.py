@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from llavaforge.errors import UserError
-from llavaforge.files import not_published, publishing
+from llavaforge.folders import not_published, publishing
 from llavaforge.model_folder.card import model_card
 from llavaforge.model_folder.config_files import config_json, generation_json, write_json
 from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name

@@ -15,7 +15,8 @@ from llavaforge.config.recipe import FINAL, result_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.engine.base import Engine
 from llavaforge.errors import UserError
-from llavaforge.files import MANIFEST, differences, not_published, publishing, set_aside, to_json
+from llavaforge.files import to_json
+from llavaforge.folders import MANIFEST, differences, not_published, publishing, set_aside
 from llavaforge.model.lora import adapter_tensors, peft_config
 from llavaforge.model.trainable import lora_options
 from llavaforge.model_folder.processor_files import write_processor

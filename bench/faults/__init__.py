@@ -1,0 +1,1 @@
+"""Every class of fault, and what proves what happens then."""
