@@ -21,7 +21,8 @@ class FaultClass:
 
 
 RESUME, ON, RUN, FAULTS = (f"tests/training/test_{name}.py" for name in ("resume", "going_on", "run", "faults"))
-ZERO, FORMATS, HOSTILE = "tests/engine/test_zero.py", "tests/data/test_formats.py", "tests/model_folder/test_hostile.py"
+ZERO, RANKS = "tests/engine/test_zero.py", "tests/engine/test_zero_runs.py"
+FORMATS, HOSTILE = "tests/data/test_formats.py", "tests/model_folder/test_hostile.py"
 OWN, PREPARE = "tests/test_files.py", "tests/data/test_prepare.py"
 WRITE, CHECK = "tests/model_folder/test_write.py", "tests/data_check/test_data_check.py"
 
@@ -37,7 +38,7 @@ CLASSES = (
         "the weights of the undisturbed run: to the bit on one process, within 1e-5 else",
         ("tests/engine/test_kill_points.py", f"{RESUME}::test_killed_and_resumed_equals_uninterrupted",
          f"{RESUME}::test_stopped_and_resumed_equals_uninterrupted_for_other_train_types",
-         f"{ZERO}::test_a_run_goes_on_with_any_number_of_processes_and_any_stage"),
+         f"{RANKS}::test_a_run_goes_on_with_any_number_of_processes_and_any_stage"),
     ),
     FaultClass(
         "SIGTERM, SIGUSR1, SIGHUP, ctrl-C; to one process or all, while they start or train",
@@ -109,7 +110,7 @@ CLASSES = (
     FaultClass(
         "a batch without an image on one rank",
         "no rank waits for another",
-        (f"{ZERO}::test_a_rank_that_has_only_text_keeps_up",),
+        (f"{RANKS}::test_a_rank_that_has_only_text_keeps_up",),
     ),
     FaultClass(
         "a file or folder of the user's is where something is to be written",

@@ -102,14 +102,20 @@ def time_checkpoints(report: list[dict[str, Any]]) -> None:
     save = checkpoints.save
 
     def timed(
-        output_dir: Path, engine: Engine, step: int, train_state: dict[str, Any], run: dict[str, Any], keep: int
+        output_dir: Path,
+        engine: Engine,
+        step: int,
+        train_state: dict[str, Any],
+        run: dict[str, Any],
+        num_bytes: int,
+        keep: int,
     ) -> Path:
         world = engine.world
         world.barrier()
         begin = time.perf_counter()
-        folder = save(output_dir, engine, step, train_state, run, keep)
+        folder = save(output_dir, engine, step, train_state, run, num_bytes, keep)
         saved = time.perf_counter()
-        found = find_checkpoint(output_dir, "auto", run, world)
+        found = find_checkpoint(output_dir, "auto", run, (), world)
         assert found == folder
         engine.restore(checkpoints.ParameterStates(folder), step - train_state["num_skipped"])
         world.barrier()
