@@ -19,6 +19,7 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.errors import StoppedEarly
 from llavaforge.model import loss
 from llavaforge.model.step import StepModule
+from llavaforge.processes.world import agreed
 from llavaforge.training.guards import Guards
 from llavaforge.training.run import train
 from llavaforge.training.trainer import Trainer
@@ -41,7 +42,7 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
 
     def stopped(self: Guards, fault: Any, stop: Any) -> None:
         if faults.get("die") == self.state.step:
-            raise RuntimeError("killed")
+            raise agreed(RuntimeError("killed"))  # of all ranks at once, so that none reports another's death
         if faults.get("stop") == [RANK, self.state.step]:
             stop.exit_code = 75
         agree(self, fault, stop)
