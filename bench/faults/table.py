@@ -20,7 +20,7 @@ class FaultClass:
     is_input: bool = False
 
 
-RESUME, ON, RUN, FAULTS = (f"tests/training/test_{name}.py" for name in ("resume", "going_on", "run", "faults"))
+RESUME, ON, RUN, FAULTS = (f"tests/training/test_{name}.py" for name in ("resume", "going_on", "run", "run_faults"))
 ZERO, RANKS = "tests/engine/test_zero.py", "tests/engine/test_zero_runs.py"
 FORMATS, HOSTILE = "tests/data/test_formats.py", "tests/model_folder/test_hostile.py"
 OWN, PREPARE = "tests/test_files.py", "tests/data/test_prepare.py"

@@ -6,7 +6,7 @@
 import errno
 import os
 import re
-import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +125,8 @@ def as_user_error(error: OSError) -> UserError | None:
     if error.filename is None or isinstance(error, ConnectionError | InterruptedError):
         return None
     path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
-    if any(Path(path).is_relative_to(folder) for folder in (Path(__file__).parent, sys.prefix, sys.base_prefix)):
+    code = (Path(__file__).parent, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    if any(Path(path).is_relative_to(folder) for folder in code):
         return None
     remedy = _REMEDIES.get(error.errno or 0, "Check the file and its folder.")
     return UserError(f"{path}: {error.strerror or type(error).__name__}. {remedy}")

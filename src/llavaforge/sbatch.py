@@ -85,11 +85,11 @@ def slurm(config: SlurmConfig) -> SlurmResult:
     _check_options(config)
     _check_recipe(config)
     output = config.output or Path(f"{config.recipe.stem}.sh")
-    check_own(output, _OWN)
     if output.is_dir() or not output.name.isprintable():
         raise UserError(f"{str(output)!r}: not a file's name. Give the name of a script as --output.")
     if output.exists() and not config.overwrite:
         raise UserError(f"{output}: is there already. Give another --output, or --overwrite to replace it.")
+    check_own(output, _OWN)
     replace_text(output, script(config, output.name, config.recipe), _OWN)
     output.chmod(0o755)
     submit = f"sbatch {shlex.quote(str(output))}"

@@ -68,7 +68,7 @@ class Diagnosis:
         }
 
 
-def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool, crops: bool) -> Diagnosis:
+def examine(index: SampleIndex, held_out: npt.NDArray[np.bool_], decodes: bool, crops: bool = False) -> Diagnosis:
     """Examine data.
 
     Args:
