@@ -125,8 +125,8 @@ def as_user_error(error: OSError) -> UserError | None:
     if error.filename is None or isinstance(error, ConnectionError | InterruptedError):
         return None
     path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
-    code = (Path(__file__).parent, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
-    if any(Path(path).is_relative_to(folder) for folder in code):
+    code = [str(Path(__file__).parent), *(sysconfig.get_path(name) or "" for name in ("stdlib", "purelib", "platlib"))]
+    if any(folder and Path(path).is_relative_to(folder) for folder in code):
         return None
     remedy = _REMEDIES.get(error.errno or 0, "Check the file and its folder.")
     return UserError(f"{path}: {error.strerror or type(error).__name__}. {remedy}")

@@ -143,8 +143,8 @@ def test_loading_never_holds_a_whole_copy_of_the_weights_in_host_memory(
     two_ranks.train(train_config(tiny_llava, shapes / "train", tmp_path / "first", **values))  # imports, buffers
     answers = two_ranks.run(train_config(model, shapes / "train", tmp_path / "run", **values))
     loading = [answer["loading_bytes"] / whole for answer in answers]
-    # On a CPU a rank keeps its half in host memory, beside the layer that is being dealt; on a GPU it would not. What the
-    # allocator keeps differs from run to run: 0.66 to 0.93 were seen. With a whole copy it is 1.5.
+    # On a CPU a rank keeps its half in host memory, beside the layer that is being dealt; on a GPU it would not. What
+    # the allocator keeps differs from run to run: 0.66 to 0.93 were seen. With a whole copy it is 1.5.
     assert max(loading) < 1.0, loading
 
 
