@@ -33,13 +33,14 @@ def measure_costs(folder: Path, save_steps: int = 50) -> dict[str, Any]:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     killed_s = time.monotonic()
-    before = len((folder / "run" / "metrics.jsonl").read_text().splitlines())
-    with subprocess.Popen(
-        [*command, "--max_steps=1000000"], stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        lines: list[dict[str, Any]] = []
-        while not lines or lines[-1]["step"] <= 2 * save_steps or len(lines) >= before:
-            lines = read_metrics(folder / "run")
+    metrics = folder / "run" / "metrics.jsonl"
+    before = metrics.stat().st_ino
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while metrics.stat().st_ino == before:  # written anew, without the steps that are done again
+            assert process.poll() is None
+            time.sleep(0.02)
+        kept = len(read_metrics(folder / "run"))
+        while len(read_metrics(folder / "run")) <= kept:
             assert process.poll() is None
             time.sleep(0.02)
         recovery_s = time.monotonic() - killed_s
