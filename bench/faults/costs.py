@@ -24,10 +24,8 @@ def measure_costs(folder: Path, save_steps: int = 50) -> dict[str, Any]:
         f"--model_name_or_path={folder / 'model'}", f"--data_path={folder / 'data' / 'train'}", "--train_type=full",
         f"--output_dir={folder / 'run'}", "--global_batch_size=8", f"--save_steps={save_steps}", "--bf16=false",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "llavaforge", "train", *flags]
-    with subprocess.Popen(
-        [*command, "--max_steps=1000000"], stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    command = [sys.executable, "-m", "llavaforge", "train", *flags, "--max_steps=1000000"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         while not any(line["step"] > 2 * save_steps for line in read_metrics(folder / "run")):
             assert process.poll() is None
             time.sleep(0.05)
