@@ -6,6 +6,7 @@ kill and none to a signal, and leave no process and no temporary file; descripto
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -171,12 +172,10 @@ class Soak:
         return went_on
 
     def _look_at(self, rank: "subprocess.Popen[str]") -> None:
-        try:
+        with contextlib.suppress(psutil.Error):  # it ends at any time
             process = psutil.Process(rank.pid)
             self.tally.descriptors.append(process.num_fds())
             self.tally.memory_bytes.append(process.memory_info().rss)
-        except psutil.Error:
-            pass
 
     def _disturb(self, ranks: list["subprocess.Popen[str]"]) -> str:
         kinds = ("kill all", "kill all", "kill one", *SIGNALS, "nothing")

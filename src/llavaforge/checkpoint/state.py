@@ -81,9 +81,7 @@ def save(
             temporary = Path(world.broadcast_object(world.run_on_all(begin)))
             written = world.all_gather_objects(world.run_on_all(lambda: _write_shards(temporary, engine)))
             if world.is_writer:
-                shards = [shard for mine in written for shard in mine]
-                paths = name_shards(temporary, STEM, [(name, tensors) for name, tensors, _ in shards])
-                entries |= {path.name: entry for path, (_, _, entry) in zip(paths, shards, strict=True)}
+                entries |= _named([shard for mine in written for shard in mine], temporary)
                 (temporary / TRAIN_STATE).write_text(to_json(train_state, indent=1) + "\n")
                 (temporary / RUN).write_text(to_json(run, indent=1) + "\n")
         if world.is_writer:
@@ -176,6 +174,12 @@ def _write_shards(folder: Path, engine: Engine) -> list[tuple[str, list[str], di
         for _ in tensors:  # the other processes wait for this one in each of them
             pass
         raise
+
+
+def _named(shards: list[tuple[str, list[str], dict[str, Any]]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Give the shards of all processes their final names, and return their entries by them."""
+    paths = name_shards(folder, STEM, [(name, tensors) for name, tensors, _ in shards])
+    return {path.name: entry for path, (_, _, entry) in zip(paths, shards, strict=True)}
 
 
 def _check_free_space(folder: Path, num_bytes: int) -> None:

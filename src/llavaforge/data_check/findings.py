@@ -166,9 +166,10 @@ def _compare_texts(index: SampleIndex, found: Diagnosis) -> None:
         cut = [f"{turns[number]} turns"] * bool(turns[number]) + [f"{tokens[number]} tokens"] * bool(tokens[number])
         message = f"{' and '.join(cut)} of it do not fit max_length."
         found.add(_finding(index, number, "shortened", message))
-    for number in np.flatnonzero(index.column("num_special_tokens")).tolist():
-        count = int(index.column("num_special_tokens")[number])
-        found.add(_finding(index, number, "special_tokens", f"its texts hold {count} of the model's special tokens."))
+    special = index.column("num_special_tokens")
+    for number in np.flatnonzero(special).tolist():
+        message = f"its texts hold {special[number]} of the model's special tokens."
+        found.add(_finding(index, number, "special_tokens", message))
     for number in np.flatnonzero(index.column("num_literals")).tolist():
         found.add(_finding(index, number, "literal_placeholder", "a text holds `<image>`, which is kept as text."))
 

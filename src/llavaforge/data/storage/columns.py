@@ -196,11 +196,7 @@ def _without_bytes(column: pa.Array, told_by_path: bool) -> pa.Array:
         return type(column).from_arrays(pc.subtract(column.offsets, first), values, mask=column.is_null())
     if pa.types.is_struct(kind) and _holds_images(kind):
         path = column.field("path") if kind.get_field_index("path") >= 0 else pa.nulls(len(column), pa.string())
-        mask = column.is_null()
-        if kind.get_field_index("bytes") >= 0:
-            mask = pc.or_(mask, pc.and_(column.field("bytes").is_null(), path.is_null()))
-        elif told_by_path:
-            mask = pc.or_(mask, path.is_null())
+        mask = pc.or_(column.is_null(), pc.and_(column.field("bytes").is_null(), path.is_null()))
         return pa.StructArray.from_arrays([path], names=["path"], mask=mask)
     if pa.types.is_struct(kind) and told_by_path and kind.names == ["path"]:
         return pa.StructArray.from_arrays([column.field("path")], names=["path"], mask=column.field("path").is_null())
