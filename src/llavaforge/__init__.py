@@ -502,6 +502,7 @@ def evaluate(
     image_folder: str | Path | None = None,
     image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
+    base_model: str | Path | None = None,
     output_dir: str | Path | None = None,
     max_samples: int | None = None,
     max_new_tokens: int = 32,
@@ -525,6 +526,7 @@ def evaluate(
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
         image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
+        base_model: Folder of the model that the run started from, when it is no longer where it was.
         output_dir: Where `samples.jsonl` and `summary.json` go.
         max_samples: Use only the first so many records.
         max_new_tokens: Longest answer that is generated for the exact match.
@@ -548,6 +550,7 @@ def evaluate(
 def chat(
     *,
     model_name_or_path: str | Path,
+    base_model: str | Path | None = None,
     image: str | Path | None = None,
     prompt: str | None = None,
     system_prompt: str | None = None,
@@ -559,6 +562,7 @@ def chat(
 
     Args:
         model_name_or_path: A model folder, a run's `final`, or a checkpoint-N.
+        base_model: Folder of the model that the run started from, when it is no longer where it was.
         image: An image file to talk about.
         prompt: One question; without it a session is opened.
         system_prompt: System message of the conversation.
@@ -576,6 +580,7 @@ def export(
     *,
     checkpoint: str | Path,
     output_dir: str | Path,
+    base_model: str | Path | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
     """Turn a checkpoint or a finished run into a plain transformers folder, and verify it.
@@ -583,6 +588,7 @@ def export(
     Args:
         checkpoint: A run's `checkpoint-N` or `final`.
         output_dir: Where the exported model is written.
+        base_model: Folder of the model that the run started from, when it is no longer where it was.
         overwrite: Replace a non-empty output folder.
 
     Returns:

@@ -42,14 +42,7 @@ def test_an_older_run_goes_on_although_options_were_added(old_run: Path, caplog:
 
 
 def test_a_checkpoint_of_an_older_run_is_read(old_run: Path) -> None:
-    run_json = old_run / "run" / "checkpoint-4" / "run.json"
-    text = run_json.read_text()
-    # Where the base model is now; the manifest is written anew, as this is no fault of the files.
-    run_json.write_text(text.replace("/tmp/fixture/model", str(old_run / "model")))
-    from llavaforge.folders import write_manifest
-
-    write_manifest(run_json.parent, {})
-    trained = read_trained(run_json.parent)
+    trained = read_trained(old_run / "run" / "checkpoint-4", base_model=old_run / "model")
     assert trained is not None and trained.lora is not None
     assert (trained.lora.r, trained.lora.alpha, trained.lora.target_modules[:2]) == (2, 4, ("q_proj", "k_proj"))
 

@@ -103,13 +103,20 @@ def test_exported_folder_survives_transformers_and_a_second_join(runs: dict[str,
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_changed_base_model_is_noticed(tiny_clip: Path, tiny_lm: "object", shapes: Path, tmp_path: Path) -> None:
+def test_a_base_model_that_moved_is_named_and_one_that_changed_is_noticed(
+    tiny_clip: Path, tiny_lm: "object", shapes: Path, tmp_path: Path
+) -> None:
     parts = dict(vision_tower=str(tiny_clip), language_model=str(tiny_lm("qwen2")))  # type: ignore[operator]
     customize_model(CustomizeModelConfig(**parts, output_dir=tmp_path / "model"))
     train(train_config(tmp_path / "model", shapes / "train", tmp_path / "run", train_type="use_lora", max_steps=2))
-    customize_model(CustomizeModelConfig(**parts, output_dir=tmp_path / "model", seed=9, overwrite=True))
+    config = ExportConfig(checkpoint=tmp_path / "run" / "final", output_dir=tmp_path / "out")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"model is not there.*--base_model FOLDER"):
+        export(config)
+    export(config.model_copy(update={"base_model": tmp_path / "moved", "output_dir": tmp_path / "of moved"}))
+    customize_model(CustomizeModelConfig(**parts, output_dir=tmp_path / "model", seed=9))
     with pytest.raises(UserError, match=r"base model .* has changed since the run"):
-        export(ExportConfig(checkpoint=tmp_path / "run" / "final", output_dir=tmp_path / "out"))
+        export(config)
     assert not (tmp_path / "out").exists()
 
 

@@ -23,6 +23,7 @@ from llavaforge.errors import UserError
 from llavaforge.join.parts import customize_model
 from llavaforge.model.load import load_model, load_without_weights
 from llavaforge.model_folder.tensors import open_tensors
+from mutations import draw_damaged
 
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
@@ -36,38 +37,12 @@ def folder(tiny_llava: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llava, tmp_path / "model"))
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The places of all values within a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, item in list(items)[:40] for place in places(item, (*path, key)))]
-
-
-def put(value: Any, place: tuple[Any, ...], new: Any) -> Any:
-    if not place:
-        return new
-    copied = value.copy()
-    copied[place[0]] = put(copied[place[0]], place[1:], new)
-    return copied
-
-
-ILL_TYPED = st.sampled_from([None, True, 0, -1, 2**40, 1e308, "", "x", "\x00", [], {}, [1], {"a": 1}, "../../x"])
-
-
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_a_small_file_holds_the_folder_opens_or_is_refused_by_name(folder: Path, data: st.DataObject) -> None:
     path = folder / data.draw(st.sampled_from(SMALL_FILES))
     whole = path.read_bytes()
-    kind = data.draw(st.sampled_from(["cut", "flip", "value", "value", "value"]))
-    if kind == "value" and path.suffix == ".json":
-        content = json.loads(whole)
-        content = put(content, data.draw(st.sampled_from(places(content))), data.draw(ILL_TYPED))
-        path.write_text(json.dumps(content))
-    elif kind == "cut":
-        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    else:
-        at = data.draw(st.integers(0, len(whole) - 1))
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :])
+    path.write_bytes(draw_damaged(data, whole, path.suffix == ".json"))
     try:
         loaded = load_without_weights(str(folder))
         builder = sample_builder(loaded.processor, loaded.num_image_tokens, _options())

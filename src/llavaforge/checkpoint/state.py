@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, PositiveInt
 
+from llavaforge.config.train_types import TrainType
 from llavaforge.engine.base import Engine, ParameterState
-from llavaforge.errors import EndedElsewhere, UserError, naming
+from llavaforge.errors import EndedElsewhere, naming, reading
 from llavaforge.files import replace_text, sync_path, to_json
 from llavaforge.folders import entry_of, not_published, publishing
 from llavaforge.model_folder.read import read_json
@@ -37,6 +39,34 @@ RUN = "run.json"
 LATEST = "latest"
 PREFIX = "checkpoint-"
 _KEYS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+class _Identity(BaseModel):
+    base_model: str
+    global_batch_size: PositiveInt
+
+
+class _Lora(BaseModel):
+    r: PositiveInt
+    alpha: PositiveInt
+    dropout: float
+    target_modules: tuple[str, ...]
+
+
+class _Result(BaseModel):
+    global_step: int
+    train_loss: float | None
+
+
+class _Run(BaseModel):
+    """What readers of a `run.json` rely on."""
+
+    train_type: TrainType
+    base_model: str
+    identity: _Identity
+    lora: _Lora | None = None
+    data: list[dict[str, Any]] = []
+    result: _Result | None = None
 
 
 def save(
@@ -116,8 +146,8 @@ def load_run(folder: Path) -> dict[str, Any]:
         UserError: that is damaged, or no run's.
     """
     run = read_json(folder / RUN)
-    if not isinstance(run.get("identity"), dict) or not isinstance(run.get("train_type"), str):
-        raise UserError(f"{folder / RUN}: does not say what run this is. Restore it, or give another folder.")
+    with reading(folder / RUN, "Restore it, or give another folder."):
+        _Run.model_validate(run)
     return run
 
 
@@ -137,6 +167,16 @@ class ParameterStates(Mapping[str, ParameterState]):
     def __init__(self, folder: Path) -> None:
         self._tensors = open_tensors(folder, STEM)
         self._names = [key.removeprefix("weight/") for key in self._tensors if key.startswith("weight/")]
+
+    def different(self, shapes: Mapping[str, torch.Size]) -> list[str]:
+        """Return the parameters that are not here with weight and moments of these shapes, and those beyond them."""
+        keys = {name: [f"{key}/{name}" for key in _KEYS] for name in shapes}
+        unlike = [
+            name
+            for name, mine in keys.items()
+            if not all(key in self._tensors and self._tensors.shape(key) == shapes[name] for key in mine)
+        ]
+        return sorted(unlike + [name for name in self._names if name not in shapes])
 
     def __getitem__(self, name: str) -> ParameterState:
         return ParameterState(*(self._tensors[f"{key}/{name}"] for key in _KEYS))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reading
 from llavaforge.files import to_json
 from llavaforge.folders import differences, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
-from llavaforge.model.lora import LoraOptions, add_lora, lora_modules, merged_weight, trained_tensors
+from llavaforge.model.lora import LoraOptions, add_lora, is_lora, lora_modules, merged_weight, trained_tensors
 from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.model_folder.write import update_model_folder
 
@@ -37,8 +37,12 @@ class Trained:
     run: dict[str, Any]
 
 
-def read_trained(folder: Path) -> Trained | None:
+def read_trained(folder: Path, base_model: Path | None = None) -> Trained | None:
     """Read a checkpoint-N or a LoRA run's `final`.
+
+    Args:
+        folder: of the run.
+        base_model: folder of the model that the run started from, when it is not where it was.
 
     Returns:
         None for a plain model folder, which needs no base.
@@ -57,31 +61,34 @@ def read_trained(folder: Path) -> Trained | None:
     if found := differences(folder):
         raise UserError(f"{folder}: {'; '.join(found)}. Give another checkpoint, or copy it again.")
     run = load_run(folder)
-    base = Path(run["base_model"])
+    base = base_model or Path(run["base_model"])
     _check_base(folder, base, run)
-    options = _lora_options(run)
+    with reading(folder / RUN, "Restore it, or give another checkpoint."):
+        options = _lora_options(run)
     if is_checkpoint:
         return Trained(base, load_weights(folder), options, run)
     adapter = open_tensors(folder, "adapter_model")
     return Trained(base, trained_tensors(dict(adapter.items())), options, run)
 
 
-def open_model(name_or_path: str, dtype: torch.dtype | None = None) -> LoadedModel:
+def open_model(name_or_path: str, base_model: Path | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
     """Open anything that a run leaves, or any model folder, with what was trained in place (a LoRA stays unmerged).
 
     Raises:
         UserError: see `read_trained` and `load_model`.
     """
-    trained = read_trained(Path(name_or_path)) if Path(name_or_path).is_dir() else None
+    trained = read_trained(Path(name_or_path), base_model) if Path(name_or_path).is_dir() else None
     if trained is None:
         return load_model(name_or_path, dtype)
     loaded = load_model(str(trained.base), dtype)
     if trained.lora is not None:
         add_lora(loaded.model, trained.lora, seed=0)
     parameters = dict(loaded.model.named_parameters())
-    missing = sorted(set(trained.tensors) - set(parameters))
-    if missing:
-        raise UserError(f"{name_or_path}: `{missing[0]}` has no place in {trained.base}.")
+    for name, tensor in trained.tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise UserError(f"{name_or_path}: `{name}` has no place in {trained.base}. Give another checkpoint.")
+    if missing := sorted(name for name in parameters if is_lora(name) and name not in trained.tensors):
+        raise UserError(f"{name_or_path}: lacks `{missing[0]}`. Give another checkpoint.")
     with torch.no_grad():
         for name, tensor in trained.tensors.items():
             parameters[name].copy_(tensor)
@@ -115,7 +122,8 @@ def _lora_options(run: dict[str, Any]) -> LoraOptions | None:
 def _check_base(folder: Path, base: Path, run: dict[str, Any]) -> None:
     if not base.is_dir():
         raise UserError(
-            f"{folder}: its base model {base} is gone. Put it back there, or edit base_model in {folder / RUN}."
+            f"{folder}: its base model {base} is not there. Put it back, or name the folder that it is in now: "
+            "--base_model FOLDER (under `train`, model_name_or_path)."
         )
     if fingerprint(base) != run["identity"]["base_model"]:
         raise UserError(

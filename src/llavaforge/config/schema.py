@@ -374,6 +374,8 @@ class EvaluateConfig(SampleOptions):
 
     model_name_or_path: str
     """A model folder, a run's `final`, or a checkpoint-N."""
+    base_model: Path | None = None
+    """Folder of the model that the run started from, when it is no longer where it was."""
     data_path: Path
     """Same layouts as in `train`."""
     output_dir: Path | None = None
@@ -399,6 +401,8 @@ class ChatConfig(Schema):
 
     model_name_or_path: str
     """A model folder, a run's `final`, or a checkpoint-N."""
+    base_model: Path | None = None
+    """Folder of the model that the run started from, when it is no longer where it was."""
     image: Path | None = None
     """An image file to talk about."""
     prompt: str | None = None
@@ -420,6 +424,8 @@ class ExportConfig(Schema):
     """A run's `checkpoint-N` or `final`."""
     output_dir: Path
     """Where the exported model is written."""
+    base_model: Path | None = None
+    """Folder of the model that the run started from, when it is no longer where it was."""
     overwrite: bool = False
     """Replace a non-empty output folder."""
 

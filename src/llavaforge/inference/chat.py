@@ -24,7 +24,7 @@ def chat(config: ChatConfig) -> None:
     Raises:
         UserError: the model or the image is at fault.
     """
-    loaded = open_model(config.model_name_or_path)
+    loaded = open_model(config.model_name_or_path, config.base_model)
     cast_parameters(loaded.model, compute_dtype("auto"))
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     use_packed_attention(loaded.model)

@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     for name, own in _OWN.items():
         if config.output_dir is not None:
             check_own(config.output_dir / name, own)
-    loaded = open_model(config.model_name_or_path)
+    loaded = open_model(config.model_name_or_path, config.base_model)
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
     cast_parameters(step_module, compute_dtype(config.bf16))
     step_module.to("cuda" if torch.cuda.is_available() else "cpu")

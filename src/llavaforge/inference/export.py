@@ -48,16 +48,19 @@ def export(config: ExportConfig) -> ExportResult:
         RuntimeError: the exported folder does not compute what was trained; it is left in place for inspection.
     """
     check_output_dir(config.output_dir, config.overwrite, [config.checkpoint])
-    trained = read_trained(config.checkpoint) if config.checkpoint.is_dir() else None
+    trained = read_trained(config.checkpoint, config.base_model) if config.checkpoint.is_dir() else None
+    if trained is None and not (config.checkpoint / "config.json").is_file():
+        raise UserError(f"{config.checkpoint}: neither a checkpoint-N nor a final. Give one of a run's output_dir.")
+    if trained is not None:
+        check_output_dir(config.output_dir, config.overwrite, [trained.base])
+    model = open_model(str(config.checkpoint), config.base_model).model  # before anything is written: does it fit?
     if trained is None:
-        if not (config.checkpoint / "config.json").is_file():
-            raise UserError(f"{config.checkpoint}: neither a checkpoint-N nor a final. Give one of a run's output_dir.")
         update_model_folder(config.output_dir, config.checkpoint, {}, overwrite=config.overwrite)
     else:
-        check_output_dir(config.output_dir, config.overwrite, [trained.base])
         merge(config.output_dir, trained, overwrite=config.overwrite)
     inputs = _real_sample(config.output_dir, trained)
-    expected = _logits(open_model(str(config.checkpoint)).model, inputs)
+    expected = _logits(model, inputs)
+    del model
     gc.collect()  # one model at a time
     exported = load_verified(config.output_dir)
     found = _logits(exported, inputs)
@@ -131,7 +134,7 @@ def _first_image(trained: Trained | None) -> tuple[Image.Image, str] | None:
         record = next(record for record in records_of(source) if len(record.images) == 1)
         image = decode(source.images.read(record.images[0]), source.images.name(record.images[0]))
         return image, record.turns[-2].text.replace("<image>", "").strip() or "What is in this image?"
-    except (UserError, RecordError, StopIteration, LookupError) as error:
+    except (UserError, RecordError, StopIteration, LookupError, OSError, ValueError) as error:
         logger.warning("verifying on a generated image, the training data is not at hand: %s", error)
         return None
 

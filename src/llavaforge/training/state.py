@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
+
 from llavaforge.errors import reading
 
 
@@ -26,13 +28,15 @@ class TrainState:
         bad_samples: what messages call the records that steps left out (`on_bad_sample: skip`).
     """
 
-    step: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    num_supervised: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    step: NonNegativeInt = 0
+    num_samples: NonNegativeInt = 0
+    num_tokens: NonNegativeInt = 0
+    num_supervised: NonNegativeInt = 0
     loss_sum: float = 0.0
-    num_skipped: int = 0
-    num_moving_steps: int = 0
+    num_skipped: NonNegativeInt = 0
+    num_moving_steps: NonNegativeInt = 0
     train_time_s: float = 0.0
     model_flops: float = 0.0
     eval_loss: float | None = None
@@ -46,10 +50,7 @@ class TrainState:
             UserError: it is none.
         """
         with reading(folder, "Give another checkpoint."):
-            state = cls(**values)
-            if not isinstance(state.step, int):
-                raise TypeError(f"step {state.step!r}")
-            return state
+            return TypeAdapter(cls).validate_python(values)
 
     @property
     def train_loss(self) -> float:

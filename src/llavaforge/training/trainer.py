@@ -7,9 +7,11 @@ engines is in `engine/`.
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llavaforge.checkpoint.resume import find_checkpoint
 from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_state
@@ -44,6 +46,7 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     """
     config, world, loaded = opened.config, engine.world, opened.loaded
     world.at("preparing the model")
+    shapes = {name: p.shape for group in opened.groups for name, p in group.parameters.items()}  # ZeRO-3 splits them
     step_module = StepModule(loaded.model, loaded.preprocessing, config.gradient_checkpointing)
     options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
     engine.prepare(step_module, opened.groups, options, compute_dtype(config.bf16))
@@ -53,30 +56,29 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     if folder is None:
         return TrainState()
     world.at(f"loading {folder.name}")
-    state, weights = world.run_on_all(lambda: _read(folder, opened))
+    state, weights = world.run_on_all(lambda: _read(folder, shapes, opened.plan.num_steps))
     engine.restore(weights, state.step - state.num_skipped)
     logger.info("going on from %s", folder)
     _tell_of_schedule(folder, opened, state.step)
     return state
 
 
-def _read(folder: Path, opened: OpenedStage) -> tuple[TrainState, ParameterStates]:
-    """Open a checkpoint, and check that it holds what learns here.
+def _read(folder: Path, shapes: Mapping[str, torch.Size], num_steps: int) -> tuple[TrainState, ParameterStates]:
+    """Open a checkpoint, and check that it holds what learns here and was taken on the way to `num_steps`.
 
     Raises:
         UserError: it holds something else.
     """
     state, weights = TrainState.of(load_train_state(folder), folder), ParameterStates(folder)
-    learning = {name for group in opened.groups for name in group.parameters}
-    if different := sorted(learning ^ set(weights)):
+    if different := weights.different(shapes):
         raise UserError(
             f"{folder}: holds other parameters than learn here (`{different[0]}`, {len(different)} in all). "
             "Give another output_dir."
         )
-    if state.step > opened.plan.num_steps:
+    if state.step > num_steps:
         raise UserError(
-            f"{folder}: {state.step} steps were taken already, more than the {opened.plan.num_steps} asked for. Ask "
-            "for more, or give another output_dir."
+            f"{folder}: {state.step} steps were taken already, more than the {num_steps} asked for. Ask for more, or "
+            "give another output_dir."
         )
     return state, weights
 
