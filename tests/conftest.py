@@ -12,6 +12,7 @@ import tiny_parts
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.join.parts import customize_model
 from llavaforge.model.load import LoadedModel, load_model
+from llavaforge.processes import workers
 from llavaforge.starter.shapes import write_shapes
 
 # These take half a minute and more each, the longest first, so that the two workers end together.
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
+# What `warm.WarmProcess` starts has imported these already.
+workers.PRELOADED += ["llavaforge.training.run", "llavaforge.inference.export", "llavaforge.join.parts", "deepspeed"]
+workers.PRELOADED += [
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "transformers.models.llava.processing_llava",
+]
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way, here and in the processes started
 os.environ["OMP_NUM_THREADS"] = "1"
 transformers_logging.disable_progress_bar()

@@ -1,8 +1,7 @@
 """kill -9 at system calls that were drawn of real runs: started again, each ends as an undisturbed one does.
 
-All calls of the publisher alone are swept in `test_kills.py`. Here the processes are whole ones, of every train type, of
-a LoRA that is merged between stages, of `export --overwrite` and of `customize-model --overwrite`; they are forked of one
-that has imported everything, as a start else takes ten seconds.
+All calls of the publisher alone are swept in `test_kills.py`. Here the processes are whole ones, of every train type,
+of a LoRA that is merged between stages, of `export --overwrite` and of `customize-model --overwrite`.
 """
 
 import ctypes
@@ -14,18 +13,18 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from llavaforge.cli import main
-from llavaforge.config.schema import TrainConfig
 from llavaforge.folders import differences
-from train_tools import TRAIN_TYPES, train_config
+from train_tools import TRAIN_TYPES, arguments_of, train_config
+from warm import WarmProcess, command_line
 
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "2"))  # of each kind of run; a soak draws more
 # By which a process changes a disk, and `openat`, which most often comes before.
@@ -36,41 +35,25 @@ PR_SET_PTRACER = 0x59616D61  # prctl(2): else some systems let a parent alone tr
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
 
-def run_when_told(arguments: list[str], folder: Path, ready: Event, go: Event) -> None:
+def run_when_told(arguments: list[str], folder: Path, told: "Connection[Any, Any]") -> int:
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, ANY_PROCESS)
     os.chdir(folder)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-    ready.set()
-    go.wait()
-    os._exit(main(arguments))
+    told.send("ready")
+    told.recv()
+    return command_line(arguments)
 
 
-@pytest.fixture(scope="module")
-def forked() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["test_kills_of_runs", "llavaforge.training.run", "llavaforge.inference.export", "llavaforge.join.parts"]
-    )
-    return context
-
-
-def traced(context: ForkServerContext, arguments: list[str], folder: Path, *options: str) -> int:
+def traced(arguments: list[str], folder: Path, *options: str) -> int:
     """Run a verb under strace in a process of its own; return its exit code."""
-    ready, go = context.Event(), context.Event()
-    process = context.Process(target=run_when_told, args=(arguments, folder, ready, go))
-    process.start()
-    assert ready.wait(60)
+    ours, theirs = multiprocessing.Pipe()
+    process = WarmProcess(run_when_told, arguments, folder, theirs)
+    assert ours.recv() == "ready"
     command = ["strace", "-f", "-y", "-p", str(process.pid), *options]
-    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert tracer.stderr is not None
-    assert "attached" in tracer.stderr.readline()
-    go.set()
-    tracer.communicate(timeout=300)
-    process.join(60)
-    assert process.exitcode is not None
-    return process.exitcode
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None and "attached" in tracer.stderr.readline()
+        ours.send("go")
+        tracer.communicate(timeout=300)
+    return process.wait(60)
 
 
 def own_calls(log: Path, folder: Path) -> list[tuple[str, int]]:
@@ -92,13 +75,11 @@ def tensors_of(folder: Path) -> dict[str, object]:
     }
 
 
-def check_kills(
-    context: ForkServerContext, arguments: list[str], folder: Path, result: str, begin: Callable[[], None], seed: int
-) -> None:
+def check_kills(arguments: list[str], folder: Path, result: str, begin: Callable[[], None], seed: int) -> None:
     """Kill a verb at calls that are drawn, run it again, and compare what it leaves with what it leaves undisturbed."""
     begin()
     log = folder.parent / "calls"
-    assert traced(context, arguments, folder, "-o", str(log), "-e", f"trace={CALLS}") == 0
+    assert traced(arguments, folder, "-o", str(log), "-e", f"trace={CALLS}") == 0
     undisturbed, calls = tensors_of(folder / result), own_calls(log, folder)
     assert undisturbed and len(calls) > 20
     num_killed = 0
@@ -106,7 +87,7 @@ def check_kills(
         begin()
         (folder / "notes.txt").write_text("mine")
         kill = f"inject={call}:signal=SIGKILL:when={number}"
-        code = traced(context, arguments, folder, "-o", "/dev/null", "-e", kill)
+        code = traced(arguments, folder, "-o", "/dev/null", "-e", kill)
         assert code in (0, -9), (call, number, code)  # 0: a thread did what another did before
         num_killed += code == -9
         with pytest.MonkeyPatch.context() as patch:
@@ -127,18 +108,16 @@ def emptied(folder: Path) -> None:
 
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)
 def test_a_run_that_is_killed_ends_as_the_undisturbed_one(
-    train_type: str, forked: ForkServerContext, tiny_llava: Path, shapes: Path, tmp_path: Path
+    train_type: str, tiny_llava: Path, shapes: Path, tmp_path: Path
 ) -> None:
     config = train_config(
         tiny_llava, shapes / "train", Path("run"), train_type=train_type, max_steps=3, save_steps=1, save_total_limit=2
     )
     folder = tmp_path / "work"
-    check_kills(forked, arguments_of(config), folder, "run/final", lambda: emptied(folder), 1)
+    check_kills(arguments_of(config), folder, "run/final", lambda: emptied(folder), 1)
 
 
-def test_stages_with_a_lora_that_is_merged_between_them(
-    forked: ForkServerContext, tiny_llava: Path, shapes: Path, tmp_path: Path
-) -> None:
+def test_stages_with_a_lora_that_is_merged_between_them(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
     values = train_config(tiny_llava, shapes / "train", Path("run"), max_steps=1).model_dump(
         mode="json", exclude_unset=True, exclude={"train_type"}
     )
@@ -146,7 +125,7 @@ def test_stages_with_a_lora_that_is_merged_between_them(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | {"stages": stages}))
     folder = tmp_path / "work"
     arguments = ["train", str(tmp_path / "recipe.yaml")]
-    check_kills(forked, arguments, folder, "run/final", lambda: emptied(folder), 2)
+    check_kills(arguments, folder, "run/final", lambda: emptied(folder), 2)
 
 
 @pytest.fixture
@@ -156,20 +135,18 @@ def joined_twice(tiny_clip: Path, tiny_lm: Callable[[str], Path], tmp_path: Path
     return [*arguments, "--output_dir=out", "--overwrite"], tmp_path / "old"
 
 
-def test_a_model_that_replaces_another(
-    forked: ForkServerContext, joined_twice: tuple[list[str], Path], tmp_path: Path
-) -> None:
+def test_a_model_that_replaces_another(joined_twice: tuple[list[str], Path], tmp_path: Path) -> None:
     (arguments, old), folder = joined_twice, tmp_path / "work"
 
     def begin() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(old, folder)
 
-    check_kills(forked, arguments, folder, "out", begin, 3)
+    check_kills(arguments, folder, "out", begin, 3)
 
 
 def test_an_export_that_replaces_another(
-    forked: ForkServerContext, tiny_llava: Path, joined_twice: tuple[list[str], Path], tmp_path: Path
+    tiny_llava: Path, joined_twice: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     (_, old), folder = joined_twice, tmp_path / "work"
 
@@ -177,10 +154,4 @@ def test_an_export_that_replaces_another(
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(old, folder)
 
-    check_kills(
-        forked, ["export", f"--checkpoint={tiny_llava}", "--output_dir=out", "--overwrite"], folder, "out", begin, 4
-    )
-
-
-def arguments_of(config: TrainConfig) -> list[str]:
-    return ["train", *(f"--{key}={value}" for key, value in config.model_dump(exclude_unset=True).items())]
+    check_kills(["export", f"--checkpoint={tiny_llava}", "--output_dir=out", "--overwrite"], folder, "out", begin, 4)

@@ -57,7 +57,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {to_module_name(name): files[name] for name in files}
 
 
+def arguments_of(config: TrainConfig) -> list[str]:
+    """The arguments of `llavaforge` that start this run."""
+    values = config.model_dump(exclude_unset=True).items()
+    return ["train", *(f"--{key}={value}" for key, value in values if value is not None)]
+
+
 def command(config: TrainConfig) -> list[str]:
-    """The command line that starts this run in a process of its own."""
-    flags = [f"--{key}={value}" for key, value in config.model_dump(exclude_unset=True).items() if value is not None]
-    return [sys.executable, "-m", "llavaforge", "train", *flags]
+    """The command line that starts this run in a process of its own, from nothing."""
+    return [sys.executable, "-m", "llavaforge", *arguments_of(config)]

@@ -45,14 +45,7 @@ def run(config: TrainConfig, num_processes: int, threshold: int, folder: Path) -
         processes = []
         for rank, (report, log) in enumerate(zip(reports, logs, strict=True)):
             report.unlink(missing_ok=True)
-            output = stack.enter_context(log.open("w"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", "bench.scaling.rank", values, str(threshold), str(report)],
-                env=_environment(rank, num_processes, port),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+            process = start([values, str(threshold), str(report)], _environment(rank, num_processes, port), log)
             stack.callback(_end, process)
             processes.append(process)
         codes = [process.wait() for process in processes]
@@ -61,6 +54,18 @@ def run(config: TrainConfig, num_processes: int, threshold: int, folder: Path) -
         end = logs[rank].read_text(errors="replace")[-3000:]
         raise ProcessFailed(f"process {rank} of {num_processes} ended with {codes[rank]}. The end of its log:\n{end}")
     return [json.loads(report.read_text()) for report in reports]
+
+
+def start(arguments: list[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start `bench/scaling/rank.py`; what it says goes to the log."""
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "bench.scaling.rank", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:

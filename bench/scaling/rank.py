@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,14 @@ def time_checkpoints(report: list[dict[str, Any]]) -> None:
     checkpoints.save = timed
 
 
-def main(config: TrainConfig, threshold: int, output: Path) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Train and write the report.
 
     Args:
-        config: of the run.
-        threshold: parameters up to this size stay whole under ZeRO-3.
-        output: file of the report.
+        arguments: the config of the run as JSON; up to which size parameters stay whole under ZeRO-3; the file of the
+            report.
     """
+    config, threshold = TrainConfig.model_validate(json.loads(arguments[0])), int(arguments[1])
     torch.set_num_threads(1)
     meter, timings, weights = Meter(), list[dict[str, Any]](), dict[str, int]()
     time_checkpoints(timings)
@@ -158,8 +158,8 @@ def main(config: TrainConfig, threshold: int, output: Path) -> None:
         engine.step = marking(engine.step)
     run.prepare_or_resume = counting(run.prepare_or_resume)
     run.train(config)
-    output.write_text(json.dumps({"weights": weights, "steps": meter.steps, "checkpoints": timings}))
+    Path(arguments[2]).write_text(json.dumps({"weights": weights, "steps": meter.steps, "checkpoints": timings}))
 
 
 if __name__ == "__main__":
-    main(TrainConfig.model_validate(json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1:])

@@ -15,7 +15,7 @@ from llavaforge.errors import UserError
 from llavaforge.folders import write_manifest
 from llavaforge.training.run import train
 from mutations import draw_damaged
-from train_tools import command, tensors_of, train_config
+from train_tools import arguments_of, tensors_of, train_config
 
 FILES = ("train_state.json", "run.json", "manifest.json", "state.safetensors")
 whole: dict[str, torch.Tensor] = {}
@@ -50,7 +50,7 @@ def test_whatever_happened_to_the_files_of_a_run_it_ends_with_the_same_weights_o
     for name in set(names):
         path = run / "checkpoint-3" / name[2:] if name.startswith("3/") else run / "checkpoint-4" / name
         path.write_bytes(draw_damaged(data, path.read_bytes(), path.suffix == ".json"))
-    code = main(command(config_of(tiny_llava, shapes, run))[3:])
+    code = main(arguments_of(config_of(tiny_llava, shapes, run)))
     told = capsys.readouterr().err
     assert code in (0, 2) and "Traceback" not in told, told[-2000:]
     if code == 0:
@@ -71,7 +71,7 @@ def test_a_checkpoint_that_something_else_wrote_is_opened_or_refused_by_name(
     path = run / "checkpoint-4" / name
     path.write_bytes(draw_damaged(data, path.read_bytes(), path.suffix == ".json"))
     write_manifest(path.parent, {})
-    code = main(command(config_of(tiny_llava, shapes, run))[3:])
+    code = main(arguments_of(config_of(tiny_llava, shapes, run)))
     told = capsys.readouterr().err
     assert code in (0, 2) and "Traceback" not in told, told[-2000:]
     assert code == 0 or str(run) in told, told

@@ -1,14 +1,13 @@
-"""One rank of `ranks.RankPool`: does `train(config)` for each line of stdin and answers with a line of JSON.
+"""One rank of `ranks.RankPool`: does `train(config)` for each job and answers with its result.
 
-A job is {"config": {...}, "faults": {...}}; faults are injected on the ranks they name.
+A job is the options of a run, and faults, which are injected on the ranks that they name.
 """
 
 import contextlib
-import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from llavaforge.training.guards import Guards
 from llavaforge.training.run import train
 from llavaforge.training.trainer import Trainer
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -38,12 +39,14 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
 
     def poisoned(self: StepModule, pack: Pack) -> torch.Tensor:
         total = forward(self, pack)
-        return total * float("nan") if faults.get("nan") == [RANK, pack.source.step] and total.requires_grad else total
+        return (
+            total * float("nan") if faults.get("nan") == [_rank(), pack.source.step] and total.requires_grad else total
+        )
 
     def stopped(self: Guards, fault: Any, stop: Any) -> None:
         if faults.get("die") == self.state.step:
             raise agreed(RuntimeError("killed"))  # of all ranks at once, so that none reports another's death
-        if faults.get("stop") == [RANK, self.state.step]:
+        if faults.get("stop") == [_rank(), self.state.step]:
             stop.exit_code = 75
         agree(self, fault, stop)
 
@@ -94,20 +97,18 @@ class AnonymousMemory:
         return self.grown_bytes
 
 
-def main() -> None:
+def serve(jobs: "Connection[Any, Any]") -> None:
+    """Do one job after the other, until there is nobody any more to give one."""
     torch.set_num_threads(1)
-    answers = os.fdopen(int(sys.argv[1]), "w")
-    for line in sys.stdin:
-        job = json.loads(line)
+    while True:
+        try:
+            config, faults = jobs.recv()
+        except EOFError:
+            return
         memory = AnonymousMemory()
         try:
-            with injected(job["faults"]), before_step_1(memory.end):
-                answer: dict[str, Any] = {"result": train(TrainConfig.model_validate(job["config"]))}
+            with injected(faults), before_step_1(memory.end):
+                answer: dict[str, Any] = {"result": train(TrainConfig.model_validate(config))}
         except (Exception, StoppedEarly) as error:
             answer = {"error": type(error).__name__, "message": str(error), "code": getattr(error, "exit_code", 1)}
-        answers.write(json.dumps(answer | {"loading_bytes": memory.end()}) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+        jobs.send(answer | {"loading_bytes": memory.end()})

@@ -1,17 +1,17 @@
-"""Several real processes that train together, kept for the whole session: starting one takes ten seconds."""
+"""Several real processes that train together, kept for the whole session."""
 
-import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from llavaforge.config.schema import TrainConfig
+import pytest
 
-WORKER = Path(__file__).parent / "rank_worker.py"
+from llavaforge.config.schema import TrainConfig
+from rank_worker import serve
+from warm import WarmProcess
 
 
 def free_port() -> int:
@@ -38,32 +38,22 @@ class RankPool:
 
     def __init__(self, size: int, log_dir: Path) -> None:
         self.size, port = size, free_port()
-        self._ranks = []
         self._logs = [log_dir / f"rank-{rank}-of-{size}.log" for rank in range(size)]
+        self._ranks = []
         for rank in range(size):
-            read_end, write_end = os.pipe()
-            process = subprocess.Popen(
-                [sys.executable, str(WORKER), str(write_end)],
-                env=rank_environment(rank, size, port),
-                stdin=subprocess.PIPE,
-                stderr=self._logs[rank].open("w"),
-                pass_fds=[write_end],
-                start_new_session=True,
-                text=True,
-            )
-            os.close(write_end)
-            self._ranks.append((process, os.fdopen(read_end)))
+            ours, theirs = multiprocessing.Pipe()
+            process = WarmProcess(serve, theirs, env=rank_environment(rank, size, port), log=self._logs[rank])
+            theirs.close()
+            self._ranks.append((process, ours))
 
     def run(self, config: TrainConfig, **faults: Any) -> list[dict[str, Any]]:
         """Train on all ranks and return their answers, by rank."""
-        job = {"config": json.loads(config.model_dump_json(exclude_unset=True)), "faults": faults}
-        for process, _ in self._ranks:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        lines = [answers.readline() for _, answers in self._ranks]
-        assert all(lines), "\n".join(log.read_text()[-2000:] for log in self._logs)
-        return [json.loads(line) for line in lines]
+        for _, connection in self._ranks:
+            connection.send((config.model_dump(mode="json", exclude_unset=True), faults))
+        try:
+            return [connection.recv() for _, connection in self._ranks]
+        except EOFError:
+            pytest.fail("\n".join(log.read_text()[-2000:] for log in self._logs))
 
     def train(self, config: TrainConfig, **faults: Any) -> dict[str, Any]:
         """Train on all ranks, which must succeed, and return the result."""
@@ -72,8 +62,8 @@ class RankPool:
         return dict(answers[0]["result"])
 
     def close(self) -> None:
-        for process, answers in self._ranks:
-            answers.close()
+        for process, connection in self._ranks:
+            connection.close()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

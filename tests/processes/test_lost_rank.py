@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 from llavaforge.folders import differences
 from llavaforge.training.metrics import read_metrics
 from ranks import free_port, rank_environment
-from train_tools import command, train_config
+from train_tools import arguments_of, train_config
+from warm import WarmProcess, command_line
 
 
 class Run:
@@ -24,13 +24,7 @@ class Run:
         self.output_dir, port = config.output_dir, free_port()
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(2)]
         self.ranks = [
-            subprocess.Popen(
-                command(config),
-                env=rank_environment(rank, 2, port),
-                stdout=subprocess.DEVNULL,
-                stderr=self.logs[rank].open("w"),
-                start_new_session=True,
-            )
+            WarmProcess(command_line, arguments_of(config), env=rank_environment(rank, 2, port), log=self.logs[rank])
             for rank in range(2)
         ]
 
@@ -127,8 +121,7 @@ def test_a_frozen_rank_ends_the_run_with_its_name(
 
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(endless: Any, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(endless), env=rank_environment(0, 2, free_port()), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "1 of 2 processes came within 10 s; missing: 1" in done.stderr
+    process = WarmProcess(command_line, arguments_of(endless), env=rank_environment(0, 2, free_port()))
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "1 of 2 processes came within 10 s; missing: 1" in told

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from llavaforge.folders import differences
 from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train
-from train_tools import command, tensors_of, train_config
+from train_tools import arguments_of, tensors_of, train_config
+from warm import WarmProcess, command_line
 
 STEPS = 12
 KILLED_IN_STEP_9 = """
-import os, signal, sys
-from llavaforge import cli
+import os, signal
 from llavaforge.training.step import OptimizerStep
 
 step = OptimizerStep.__call__
@@ -34,23 +32,10 @@ def step_or_die(self, *arguments):
     return step(self, *arguments)
 
 OptimizerStep.__call__ = step_or_die
-cli.main(sys.argv[1:])
 """
 
 
-def start(config: Any, **environment: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(config),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under `nohup` a run ignores it
-    )
-
-
-def wait_for_step(output_dir: Path, step: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_step(output_dir: Path, step: int, process: WarmProcess) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if any(line["step"] >= step for line in read_metrics(output_dir)):
@@ -81,13 +66,8 @@ def test_killed_and_resumed_equals_uninterrupted(
 ) -> None:
     options: dict[str, Any] = dict(max_steps=STEPS, save_steps=6, dataloader_num_workers=num_workers)
     broken = train_config(tiny_llava, shapes / "train", tmp_path / "broken", **options)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_STEP_9, *command(broken)[3:]],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=900,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = WarmProcess(command_line, arguments_of(broken), KILLED_IN_STEP_9)
+    assert killed.wait(900) == -signal.SIGKILL, killed.communicate()
     assert len(read_metrics(tmp_path / "broken")) == 8
     assert not (tmp_path / "broken" / "final").exists()
     assert train(broken)["global_step"] == STEPS
@@ -101,7 +81,7 @@ def test_a_signal_to_the_whole_group_saves_and_says_start_again(
     number: signal.Signals, exit_code: int, tiny_llava: Path, shapes: Path, tmp_path: Path
 ) -> None:
     config = train_config(tiny_llava, shapes / "train", tmp_path / "run", max_steps=100_000, dataloader_num_workers=1)
-    process = start(config)
+    process = WarmProcess(command_line, arguments_of(config))
     wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, number)  # as SLURM does: the loader's workers get it too
     out, err = process.communicate(timeout=300)

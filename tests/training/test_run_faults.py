@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,27 +21,23 @@ from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train
 from llavaforge.training.step import OptimizerStep
-from train_tools import command, tensors_of, train_config
+from train_tools import arguments_of, tensors_of, train_config
+from warm import WarmProcess, command_line
 
 
 @contextlib.contextmanager
-def running(config: Any, step: int, before: str = "") -> Iterator["subprocess.Popen[str]"]:
+def running(config: Any, step: int, before: str = "") -> Iterator[WarmProcess]:
     """A run in a process of its own, once it has taken so many steps."""
-    arguments = command(config)
-    if before:
-        code = f"{before}\nimport sys\nfrom llavaforge.cli import main\nsys.exit(main(sys.argv[1:]))"
-        arguments = [sys.executable, "-c", code, *arguments[3:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while step and not any(line["step"] >= step for line in read_metrics(config.output_dir)):
-                assert process.poll() is None, process.communicate()[1]
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            yield process
-        finally:
-            process.kill()
+    process = WarmProcess(command_line, arguments_of(config), before)
+    try:
+        deadline = time.monotonic() + 300
+        while step and not any(line["step"] >= step for line in read_metrics(config.output_dir)):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
 
 
 def workers_of(pid: int) -> list[psutil.Process]:

@@ -24,16 +24,22 @@ from llavaforge.errors import RunFailed
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PRELOADED = ["llavaforge.data.load.preload"]
+PRELOADED = ["llavaforge.data.load.preload"]  # what the fork server imports
 _ready: list[bool] = []  # whether the server of this process has answered
 
 
-def context() -> ForkServerContext:
-    """Return the multiprocessing context of all workers; its server is started with the signals blocked."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(_PRELOADED)
+def start_server() -> None:
+    """Let the fork server import what it needs while this process does other work; signals are blocked in it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with signals_blocked():
         forkserver.ensure_running()
+
+
+def context() -> ForkServerContext:
+    """Return the multiprocessing context of all workers, once their server is there."""
+    found = multiprocessing.get_context("forkserver")
+    start_server()
+    with signals_blocked():
         # A first worker, so that ctrl-C while the server still imports does not leave it with workers to start whose
         # parent is gone: they would fail with a traceback each.
         if not _ready:

@@ -26,6 +26,7 @@ from llavaforge.errors import UserError
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.trainable import Group, parameter_groups
+from llavaforge.processes.workers import start_server
 from llavaforge.processes.world import World
 from llavaforge.training.bad_samples import check_bound
 
@@ -92,6 +93,8 @@ def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedSta
         UserError: one of them is at fault, or they do not fit together.
     """
     world.at("loading the model")
+    if config.dataloader_num_workers:
+        start_server()
     loaded = world.run_on_all(lambda: load_model(config.model_name_or_path, projector_from=config.projector_from))
     groups = world.run_on_all(lambda: parameter_groups(loaded.model, config))
     if config.output_dir.resolve().is_relative_to(loaded.path.resolve()):

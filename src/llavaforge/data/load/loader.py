@@ -110,8 +110,9 @@ def _raised(packs: Any, timeout_s: float) -> Iterator[Pack]:
                 f"no image came from the loader for {timeout_s:.0f} s (stuck_timeout_s): it hangs, as on a network "
                 "drive that does not answer. Look at the image folder's file system."
             ) from None
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A connection to a worker breaks when it dies while it hands a pack over, before torch sees it dead.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             signals = {-code for worker in packs._workers if (code := worker.exitcode) is not None and code < 0}
             ended = " by " + ", ".join(signal.Signals(number).name for number in sorted(signals)) if signals else ""
