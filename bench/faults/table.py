@@ -28,9 +28,9 @@ WRITE, CHECK = "tests/model_folder/test_write.py", "tests/data_check/test_data_c
 
 CLASSES = (
     FaultClass(
-        "kill -9 at any system call of a save, a rotation, an overwrite",
-        "the old state or the new one is there, whole; the next start clears up",
-        ("tests/test_kills.py", f"{WRITE}::test_a_kill_half_way_leaves_no_folder_and_the_next_run_clears_up",
+        "kill -9 at any system call of a save, a rotation, an overwrite; at drawn ones of runs, merges, exports, joins",
+        "the old state or the new one is there, whole; the next start clears up and ends as an undisturbed one",
+        ("tests/test_kills.py", "tests/test_kills_of_runs.py", f"{WRITE}::test_a_kill_half_way_leaves_no_folder_and_the_next_run_clears_up",
          f"{OWN}::test_a_kill_while_a_file_is_replaced_leaves_the_old_one"),
     ),
     FaultClass(
@@ -57,15 +57,17 @@ CLASSES = (
         ("tests/processes/test_lost_rank.py", "tests/processes/test_heartbeat.py"),
     ),
     FaultClass(
-        "a loader worker is killed, or hangs (a network drive)",
-        "exit 1 with a name for it within stuck_timeout_s; what is done is saved",
-        (f"{FAULTS}::test_a_loader_worker_that_dies_or_hangs_ends_the_run_with_what_is_done_saved",),
+        "a loader worker is killed, or hangs (a network drive); a small /dev/shm",
+        "exit 1 with a name for it within stuck_timeout_s, what is done is saved; fewer packs are kept ready",
+        (f"{FAULTS}::test_a_loader_worker_that_dies_or_hangs_ends_the_run_with_what_is_done_saved",
+         "tests/data/test_loader.py"),
     ),
     FaultClass(
         "the disk is full, or its quota used up",
         "looked for before a save; the folder, what is needed and the last checkpoint are named; on_save_error",
         (f"{FAULTS}::test_a_full_disk_is_told_with_the_folder_and_nothing_half_written_is_left",
          f"{FAULTS}::test_too_little_space_is_found_before_a_checkpoint_is_begun",
+         f"{RANKS}::test_free_space_is_looked_at_before_a_save_also_where_no_process_holds_a_whole_parameter",
          f"{OWN}::test_a_full_disk_is_told_by_name_and_leaves_the_old_file"),
     ),
     FaultClass(
@@ -76,7 +78,8 @@ CLASSES = (
     FaultClass(
         "a checkpoint is damaged, unreadable just now, or gone",
         "the one before is taken, the damaged one kept aside; unreadable or none left: refused, never begun anew",
-        (f"{RESUME}::test_a_corrupt_checkpoint_is_passed_over_for_the_one_before",
+        ("tests/checkpoint/test_hostile_checkpoints.py",
+         f"{RESUME}::test_a_corrupt_checkpoint_is_passed_over_for_the_one_before",
          f"{ON}::test_with_every_checkpoint_damaged_it_is_refused_at_every_start",
          f"{ON}::test_a_checkpoint_that_cannot_be_read_just_now_stays_what_it_is",
          f"{ON}::test_removed_checkpoints_are_not_begun_again_in_silence"),
@@ -89,12 +92,14 @@ CLASSES = (
          f"{ON}::test_half_a_line_in_a_list_is_left_out",
          f"{FAULTS}::test_the_prepared_data_may_be_damaged_or_gone_at_any_time",
          f"{FAULTS}::test_prepared_data_that_goes_while_a_run_needs_it_is_named",
+         "tests/data/test_hostile_index.py",
          f"{PREPARE}::test_a_killed_preparation_leaves_nothing_that_is_used"),
     ),
     FaultClass(
         "base model, data or options changed between two starts",
-        "refused with what differs; `--allow_changes NAME` takes it over; more steps go on",
-        (f"{ON}::test_a_base_model_that_changed_between_two_starts_is_noticed",
+        "refused with what differs; `--allow_changes NAME` takes it over; more steps go on; `--base_model` one that moved",
+        ("tests/inference/test_export.py::test_a_base_model_that_moved_is_named_and_one_that_changed_is_noticed",
+         f"{ON}::test_a_base_model_that_changed_between_two_starts_is_noticed",
          f"{ON}::test_a_change_that_identifies_the_run_is_taken_over_when_it_is_named",
          f"{ON}::test_a_finished_run_goes_on_to_more_steps_as_if_they_had_been_asked_for_at_once",
          f"{ON}::test_another_version_of_llavaforge_is_told"),

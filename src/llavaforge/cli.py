@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(_Printable("%(message)s"))
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # packs differ in length: else pieces of freed memory pile up
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         for noisy in ("httpx", "matplotlib", "DeepSpeed"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         config = parse(name, rest)

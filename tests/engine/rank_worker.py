@@ -5,6 +5,7 @@ A job is the options of a run, and faults, which are injected on the ranks that 
 
 import contextlib
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -33,9 +34,10 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
     """Do to a run what the world does to runs.
 
     `nan`: [rank, step] whose loss is not a number; `stop`: [rank, step] at which that rank is asked to stop; `chunk`: a
-    number of supervised tokens from which the loss is computed in pieces; `die`: a step before which all ranks end.
+    number of supervised tokens from which the loss is computed in pieces; `die`: a step before which all ranks end;
+    `free`: bytes that the disk says are free.
     """
-    forward, agree, chunk = StepModule.forward, Guards.agree, loss.CHUNK
+    forward, agree, chunk, usage = StepModule.forward, Guards.agree, loss.CHUNK, shutil.disk_usage
 
     def poisoned(self: StepModule, pack: Pack) -> torch.Tensor:
         total = forward(self, pack)
@@ -52,9 +54,12 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
 
     StepModule.forward, Guards.agree = poisoned, stopped  # type: ignore[method-assign]
     loss.CHUNK = faults.get("chunk", chunk)
+    if "free" in faults:
+        shutil.disk_usage = lambda path: usage(path)._replace(free=faults["free"])
     try:
         yield
     finally:
+        shutil.disk_usage = usage
         StepModule.forward, Guards.agree, loss.CHUNK = forward, agree, chunk  # type: ignore[method-assign]
 
 

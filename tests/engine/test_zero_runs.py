@@ -130,6 +130,16 @@ def test_a_recipe_that_every_rank_refuses_is_refused_once(
 
 
 @pytest.mark.slow
+def test_free_space_is_looked_at_before_a_save_also_where_no_process_holds_a_whole_parameter(
+    two_ranks: RankPool, tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    config = train_config(tiny_llava, shapes / "train", tmp_path / "run", **options(deepspeed="zero3", save_steps=2))
+    answers = two_ranks.run(config, free=12 * 1000)  # 42,080 parameters learn, 12 bytes each
+    told = next(answer["message"] for answer in answers if answer["error"] == "UserError")
+    assert "checkpoint-2 is not saved" in told and "a checkpoint takes 1 MB, 0 MB are free" in told
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_loading_never_holds_a_whole_copy_of_the_weights_in_host_memory(
     two_ranks: RankPool, tiny_llava: Path, tiny_clip: Path, shapes: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,21 @@ SIZES: dict[str, Any] = {
     **_SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "word_embed_proj_dim": 32, "ffn_dim": 48,
     "state_size": 8, "d_model": 32, "n_layers": 2, "n_heads": 4,
 }  # fmt: skip
-REFUSED = ("StableLm", "Nemotron", "OPT", "GPT2", "GPTNeoX", "Falcon", "Bloom", "Mamba", "Bart", "Bert", "XGLM", "Mpt")
+REFUSED = (
+    "StableLm",
+    "Nemotron",
+    "OPT",
+    "GPT2",
+    "GPTNeoX",
+    "Falcon",
+    "Bloom",
+    "Mamba",
+    "Bart",
+    "Bert",
+    "XGLM",
+    "Mpt",
+    "GptOss",
+)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import varlen_reference
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from llavaforge.errors import UserError
+from llavaforge.model import attention
 from llavaforge.model.attention import packed_attention
 from llavaforge.model.block_attention import MAX_LENGTH, block_attention
 
@@ -42,6 +45,41 @@ def test_equals_masked_attention_over_each_sample(window: int | None, num_kv_hea
         torch.autograd.grad(found, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3, 2000])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_the_branch_for_cuda_equals_masked_attention(
+    window: int | None, num_kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, through torch's own op; `varlen_reference` asserts what the kernel asks for."""
+    varlen_reference.register()
+    monkeypatch.setattr(attention, "_has_varlen", lambda *_: True)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, sum(LENGTHS), 16).bfloat16() for heads in (4, num_kv_heads, num_kv_heads)]
+    exact = [tensor.float().requires_grad_() for tensor in inputs]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    found, _ = packed_attention(
+        torch.nn.Identity(), *inputs, None, lengths=LENGTHS, cu_seqlens=borders, sliding_window=window
+    )
+    expected = masked_attention(*exact, window)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    direction = torch.randn_like(expected).bfloat16()
+    ours = torch.autograd.grad(found, inputs, direction)
+    theirs = torch.autograd.grad(expected, exact, direction.float())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}])
+def test_what_is_not_computed_is_refused(asked: dict[str, object]) -> None:
+    inputs = [torch.randn(1, 4, 6, 8) for _ in range(3)]
+    borders = torch.tensor([0, 6]).int()
+    harmless = {"position_ids": torch.arange(6), "softcap": None, "is_causal": True}
+    packed_attention(torch.nn.Identity(), *inputs, None, lengths=(6,), cu_seqlens=borders, **harmless)
+    with pytest.raises(UserError, match=f"asks its attention for `{next(iter(asked))}"):
+        packed_attention(torch.nn.Identity(), *inputs, None, lengths=(6,), cu_seqlens=borders, **asked)
 
 
 def test_blocks_in_bfloat16_are_as_exact_as_eager_attention() -> None:

@@ -15,9 +15,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from llavaforge.errors import UserError
 from llavaforge.model.block_attention import MAX_LENGTH, block_attention
 
 PACKED = "llavaforge_packed"
+
+# Keywords that a forward hands down to everything below it and that change nothing of what attention computes.
+_NOT_FOR_US = frozenset(
+    ["position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"]
+)
 
 
 def packed_attention(
@@ -32,7 +38,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample of a pack, by the signature that transformers calls.
 
@@ -42,8 +49,17 @@ def packed_attention(
 
     Returns:
         (1, T, H, D), and None for the weights.
+
+    Raises:
+        UserError: the model asks for something that is not computed here, such as soft-capped scores.
     """
     assert attention_mask is None, "packed attention takes borders, not a mask"
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _NOT_FOR_US)
+    if is_causal is False or unknown:
+        raise UserError(
+            f"{type(module).__name__}: asks its attention for `{(unknown or ['is_causal=False'])[0]}`, which packed "
+            "training does not compute. Choose another language model."
+        )
     if _has_varlen(query_1HTD, dropout):
         return _varlen(query_1HTD, key_1HTD, value_1HTD, lengths, cu_seqlens, scaling, sliding_window), None
     outputs = [
@@ -89,12 +105,13 @@ def _window_mask(length: int, sliding_window: int | None, device: torch.device) 
 
 
 def _has_varlen(query: torch.Tensor, dropout: float) -> bool:
-    """FlashAttention's variable-length kernel needs Ampere or later, half precision, heads of at most 256."""
+    """FlashAttention's kernel needs Ampere or later, half precision, heads of at most 256 in a multiple of 8."""
     return (
         query.is_cuda
         and dropout == 0
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model.attention import use_packed_attention
-from llavaforge.model.loss import loss_sum
+from llavaforge.model.loss import CHUNK, loss_sum
 from llavaforge.model.tower import normalize, tower_features
 
 
@@ -51,8 +51,10 @@ class StepModule(nn.Module):
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
         hidden_TD = self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
-        logits_SV = self.model.lm_head(hidden_TD[pack.predictors_S])
-        return cross_entropy(logits_SV.float(), pack.targets_S, reduction="none")
+        pieces = zip(hidden_TD[pack.predictors_S].split(CHUNK), pack.targets_S.split(CHUNK), strict=True)
+        return torch.cat(
+            [cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in pieces]
+        )
 
     def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None) -> torch.Tensor:
         outputs = self.model.model(

@@ -3,9 +3,10 @@
 Comes in: a stock Llava and a train type. Goes out: `Group`s for the engine; everything else is frozen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from llavaforge.config.schema import DataOptions, TrainConfig
@@ -26,17 +27,22 @@ class Group:
         learning_rate: at the top of the schedule.
         weight_decay: AdamW's.
         parameters: by module name.
+        shapes: theirs, by module name; taken at the beginning, since ZeRO-3 leaves no process a whole parameter.
     """
 
     part: PartName
     learning_rate: float
     weight_decay: float
     parameters: dict[str, nn.Parameter]
+    shapes: dict[str, torch.Size] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", {name: parameter.shape for name, parameter in self.parameters.items()})
 
     @property
     def num_parameters(self) -> int:
         """Number of scalars that learn."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
+        return sum(shape.numel() for shape in self.shapes.values())
 
 
 def part_of(name: str) -> PartName:

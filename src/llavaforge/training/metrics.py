@@ -7,20 +7,13 @@ Comes in: counts per step. Goes out: `output_dir/metrics.jsonl`, `loss.png`, lin
 """
 
 import io
-import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llavaforge.files import append_line, read_json_lines, replace_bytes, replace_text, to_json
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
-_SMALL_PRODUCT, _SLOW_FLOPS = 256, 2e9
-
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12}
 
 
 class MetricsFile:
@@ -62,31 +55,3 @@ def draw_curve(output_dir: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     replace_bytes(output_dir / CURVE, picture.getvalue())
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that MFU is measured against: the data sheet's, or on other hardware a matrix product's."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in _PEAK_FLOPS.items():
-            if known in name and dtype == torch.bfloat16:
-                return peak
-    return measured_flops(device, dtype)
-
-
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 5) -> float:
-    """Return the best FLOP/s of a square matrix product of `size` on this device.
-
-    A processor without units for `dtype` (bfloat16 on many a CPU) takes 10 s for one: it is told by a small product.
-    """
-    if device.type == "cpu" and (slow := _product_flops(device, dtype, _SMALL_PRODUCT)) < _SLOW_FLOPS:
-        return slow
-    return max(_product_flops(device, dtype, size) for _ in range(repeats))
-
-
-def _product_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    begin = time.perf_counter()
-    b = a @ a
-    float(b[0, 0])  # waits for the device
-    return 2.0 * size**3 / (time.perf_counter() - begin)

@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward of every pack of a global batch, the update, and what is counted of it."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +11,12 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import Engine, StepResult
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.trainable import learning_rate
-from llavaforge.training.metrics import peak_flops
 from llavaforge.training.opening import OpenedStage
+from llavaforge.training.peak_flops import peak_flops
 from llavaforge.training.schedule import rate_factor, warmup
 from llavaforge.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class OptimizerStep:
@@ -81,5 +84,14 @@ class OptimizerStep:
             "step_time_s": seconds,
             "samples_per_s": opened.plan.global_batch_size / seconds,
             "tokens_per_s": num_tokens / seconds,
-            "mfu": flops / seconds / self.peak_flops,
+            "mfu": self._mfu(flops / seconds),
         }
+
+    def _mfu(self, rate: float) -> float:
+        """Return the share of the peak that a step reached; a peak that it passed was too low, and is raised."""
+        if rate > self.peak_flops:
+            if self._world.is_writer:
+                told = "a step reached %.3g FLOP/s, more than the peak of %.3g: MFU is against that from now on"
+                logger.warning(told, rate, self.peak_flops)
+            self.peak_flops = rate
+        return rate / self.peak_flops

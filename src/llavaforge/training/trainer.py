@@ -7,11 +7,9 @@ engines is in `engine/`.
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llavaforge.checkpoint.resume import find_checkpoint
 from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_state
@@ -46,7 +44,6 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     """
     config, world, loaded = opened.config, engine.world, opened.loaded
     world.at("preparing the model")
-    shapes = {name: p.shape for group in opened.groups for name, p in group.parameters.items()}  # ZeRO-3 splits them
     step_module = StepModule(loaded.model, loaded.preprocessing, config.gradient_checkpointing)
     options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
     engine.prepare(step_module, opened.groups, options, compute_dtype(config.bf16))
@@ -56,29 +53,30 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     if folder is None:
         return TrainState()
     world.at(f"loading {folder.name}")
-    state, weights = world.run_on_all(lambda: _read(folder, shapes, opened.plan.num_steps))
+    state, weights = world.run_on_all(lambda: _read(folder, opened))
     engine.restore(weights, state.step - state.num_skipped)
     logger.info("going on from %s", folder)
     _tell_of_schedule(folder, opened, state.step)
     return state
 
 
-def _read(folder: Path, shapes: Mapping[str, torch.Size], num_steps: int) -> tuple[TrainState, ParameterStates]:
-    """Open a checkpoint, and check that it holds what learns here and was taken on the way to `num_steps`.
+def _read(folder: Path, opened: OpenedStage) -> tuple[TrainState, ParameterStates]:
+    """Open a checkpoint, and check that it holds what learns here.
 
     Raises:
         UserError: it holds something else.
     """
     state, weights = TrainState.of(load_train_state(folder), folder), ParameterStates(folder)
+    shapes = {name: shape for group in opened.groups for name, shape in group.shapes.items()}
     if different := weights.different(shapes):
         raise UserError(
             f"{folder}: holds other parameters than learn here (`{different[0]}`, {len(different)} in all). "
             "Give another output_dir."
         )
-    if state.step > num_steps:
+    if state.step > opened.plan.num_steps:
         raise UserError(
-            f"{folder}: {state.step} steps were taken already, more than the {num_steps} asked for. Ask for more, or "
-            "give another output_dir."
+            f"{folder}: {state.step} steps were taken already, more than the {opened.plan.num_steps} asked for. Ask "
+            "for more, or give another output_dir."
         )
     return state, weights
 
@@ -195,7 +193,7 @@ class Trainer:
             "eval_loss": state.eval_loss,
             "samples_per_s": state.num_samples / seconds,
             "tokens_per_s": state.num_tokens / seconds,
-            "mfu": state.model_flops / seconds / self._step.peak_flops,
+            "mfu": min(1.0, state.model_flops / seconds / self._step.peak_flops),  # may have begun on a faster device
             "peak_memory_bytes": self._engine.peak_memory_bytes(),
             "num_bad_samples": len(self._guards.bad_samples),
         }

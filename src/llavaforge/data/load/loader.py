@@ -3,10 +3,14 @@
 Comes in: an index, preprocessing and an iterable of `MicroBatch`. Goes out: an iterator of `Pack`.
 """
 
+import logging
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,11 @@ from llavaforge.errors import RunFailed, UserError
 from llavaforge.processes import workers
 from llavaforge.processes.alarm import alarm
 
+logger = logging.getLogger(__name__)
+
 _PREFETCH = 4  # packs each worker keeps ready
+_SHARED_MEMORY = Path("/dev/shm")
+_MARGIN = 2  # later packs may have more images than the first
 
 
 @dataclass(frozen=True)
@@ -132,19 +140,30 @@ def loading(
 ) -> Iterator[Iterator[Pack]]:
     """Give an iterator over the packs of `order`; the workers are gone when the block ends.
 
+    Workers hand packs over in shared memory, of which a container has 64 MB by default: no more are kept ready than go
+    in.
+
     Args:
         dataset: makes the packs.
         order: what to load, in this order whatever the number of workers.
         num_workers: processes (0: this one).
         pin_memory: put packs in page-locked memory, for a GPU.
         timeout_s: longest wait for workers (0: for ever).
+
+    Raises:
+        UserError: there is too little shared memory for one pack of each worker.
     """
+    sources = iter(order)
+    first = next(sources, None)
+    prefetch = _prefetch(dataset, first, num_workers) if first is not None and num_workers else 1
     loader: DataLoader[Pack | UserError] = DataLoader(
         _ErrorsReturned(dataset),
-        sampler=order,  # any iterable of keys will do; a plan need not know its length
+        sampler=chain([first], sources)
+        if first is not None
+        else (),  # any iterable of keys will do; a plan need not know its length
         batch_size=None,
         num_workers=num_workers,
-        prefetch_factor=_PREFETCH if num_workers else None,
+        prefetch_factor=prefetch if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker if num_workers else None,
         multiprocessing_context=workers.context() if num_workers else None,
@@ -158,6 +177,24 @@ def loading(
             iterator._shutdown_workers()
             for worker in iterator._workers:  # one that hangs hears no SIGTERM, and would be waited for at the end
                 worker.kill()
+
+
+def _prefetch(dataset: PackDataset, first: MicroBatch, num_workers: int) -> int:
+    """Return how many packs each worker may keep ready, by the images of the first one."""
+    num_images = int(dataset.index.num_images[np.asarray(first.samples, dtype=np.int64)].sum())
+    pack_bytes = _MARGIN * max(1, num_images) * dataset.preprocessing.blank().nbytes
+    if not _SHARED_MEMORY.is_dir():  # not Linux: torch hands packs over in files
+        return _PREFETCH
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    fits = free // (pack_bytes * num_workers)
+    remedy = "A container gets more by `docker run --shm-size=8g` (or --ipc=host), in Kubernetes by an emptyDir there"
+    told = f"{_SHARED_MEMORY}: {free / 1e6:,.0f} MB are free, and a pack of {num_images} images takes"
+    told += f" {pack_bytes / _MARGIN / 1e6:,.1f} MB"
+    if not fits:
+        raise UserError(f"{told}, for each of {num_workers} workers. {remedy}. Or lower --dataloader_num_workers.")
+    if fits < _PREFETCH:
+        logger.warning("%s: each worker keeps %d ready instead of %d. %s.", told, fits, _PREFETCH, remedy)
+    return min(fits, _PREFETCH)
 
 
 def _start_worker(_: int) -> None:
