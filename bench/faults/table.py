@@ -30,7 +30,8 @@ CLASSES = (
     FaultClass(
         "kill -9 at any system call of a save, a rotation, an overwrite; at drawn ones of runs, merges, exports, joins",
         "the old state or the new one is there, whole; the next start clears up and ends as an undisturbed one",
-        ("tests/test_kills.py", "tests/test_kills_of_runs.py", f"{WRITE}::test_a_kill_half_way_leaves_no_folder_and_the_next_run_clears_up",
+        ("tests/test_kills.py", "tests/test_kills_of_runs.py",
+         f"{WRITE}::test_a_kill_half_way_leaves_no_folder_and_the_next_run_clears_up",
          f"{OWN}::test_a_kill_while_a_file_is_replaced_leaves_the_old_one"),
     ),
     FaultClass(
@@ -97,7 +98,7 @@ CLASSES = (
     ),
     FaultClass(
         "base model, data or options changed between two starts",
-        "refused with what differs; `--allow_changes NAME` takes it over; more steps go on; `--base_model` one that moved",
+        "refused with what differs; `--allow_changes NAME` takes it over; more steps go on; --base_model",
         ("tests/inference/test_export.py::test_a_base_model_that_moved_is_named_and_one_that_changed_is_noticed",
          f"{ON}::test_a_base_model_that_changed_between_two_starts_is_noticed",
          f"{ON}::test_a_change_that_identifies_the_run_is_taken_over_when_it_is_named",
