@@ -65,8 +65,12 @@ class Engine(Protocol):
     def restore(self, states: Mapping[str, ParameterState], num_steps: int) -> None:
         """Set masters, moments and AdamW's step count to a saved state, one parameter in memory at a time."""
 
-    def micro_step(self, pack: Pack, scale: float) -> float:
-        """Run forward and backward of `scale * loss_sum` and return the unscaled `loss_sum` of this process."""
+    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
+        """Run forward and backward of `scale * loss_sum`.
+
+        Returns:
+            The unscaled `loss_sum` of this process, a scalar on the device: to read it is to wait for the device.
+        """
 
     def step(self, rate_factor: float) -> StepResult:
         """Clip and apply the gradient with each group's peak rate times `rate_factor`."""

@@ -64,11 +64,11 @@ class PlainEngine:
             }
         self._publish_masters()
 
-    def micro_step(self, pack: Pack, scale: float) -> float:
+    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
         """See `Engine.micro_step`."""
-        loss = self._module(pack.to(self.device))
+        loss: torch.Tensor = self._module(pack.to(self.device))
         (loss * scale).backward()
-        return float(loss.detach())
+        return loss.detach()
 
     def step(self, rate_factor: float) -> StepResult:
         """See `Engine.step`."""

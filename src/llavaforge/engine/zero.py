@@ -100,12 +100,12 @@ class ZeroEngine:
         for moments in self._optimizer.optimizer.state.values():
             moments["step"] = self._step_count(num_steps)
 
-    def micro_step(self, pack: Pack, scale: float) -> float:
+    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
         """See `Engine.micro_step`."""
         self._engine.set_gradient_accumulation_boundary(pack.source.is_last_of_step)
-        loss = self._engine(pack.to(self.device))
+        loss: torch.Tensor = self._engine(pack.to(self.device))
         self._engine.backward(loss * (scale * self.world.size), scale_wrt_gas=False)
-        return float(loss.detach())
+        return loss.detach()
 
     def step(self, rate_factor: float) -> StepResult:
         """See `Engine.step`."""

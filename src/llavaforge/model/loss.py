@@ -36,7 +36,7 @@ def loss_sum(
     Returns:
         A float32 scalar.
     """
-    chosen = hidden_TD[predictors_S]
+    chosen = hidden_TD.index_select(0, predictors_S)
     num_chunks = math.ceil(max(len(targets_S), most_supervised) / CHUNK)
     if num_chunks <= 1:
         return _chunk_loss(lm_head, chosen, targets_S)

@@ -1,6 +1,6 @@
 """The one module an engine runs: a pack in, the summed loss out. Nothing of the model runs outside it.
 
-Legend: T tokens of the pack, I images, P image tokens, D width, V vocabulary.
+Legend: T tokens of the pack, M image tokens of the pack, I images, P image tokens of each, D width, V vocabulary.
 """
 
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
@@ -51,18 +50,26 @@ class StepModule(nn.Module):
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
         hidden_TD = self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
-        pieces = zip(hidden_TD[pack.predictors_S].split(CHUNK), pack.targets_S.split(CHUNK), strict=True)
+        pieces = zip(
+            hidden_TD.index_select(0, pack.predictors_S).split(CHUNK), pack.targets_S.split(CHUNK), strict=True
+        )
         return torch.cat(
             [cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in pieces]
         )
 
     def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None) -> torch.Tensor:
-        outputs = self.model.model(
-            input_ids=pack.ids_T.unsqueeze(0),
+        """Return the last hidden states, (T, D).
+
+        Features are put in by index: the stock model looks for the image tokens on the device, and waits for it twice.
+        """
+        model = self.model.model
+        embedded_TD = model.get_input_embeddings()(pack.ids_T)
+        if images_IPD is not None:
+            features_MD = images_IPD.flatten(0, 1).to(embedded_TD.dtype)
+            embedded_TD = embedded_TD.index_copy(0, pack.image_positions_M, features_MD)
+        outputs = model.language_model(
+            inputs_embeds=embedded_TD.unsqueeze(0),
             position_ids=pack.position_ids_T.unsqueeze(0),
-            mm_encoder_outputs=None
-            if images_IPD is None
-            else {"image": BaseModelOutputWithPooling(pooler_output=list(images_IPD))},
             use_cache=False,
             lengths=pack.lengths,
             cu_seqlens=pack.cu_seqlens_N1,

@@ -3,6 +3,7 @@
 Legend: I images, C channels, H and W pixels, P image tokens, D tower width.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ def normalize(pixels_ICHW: torch.Tensor, preprocessing: Preprocessing, dtype: to
     Returns:
         (I, C, H, W) of `dtype`, equal to what the image processor returns.
     """
-    device = pixels_ICHW.device
-    mean = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1)
-    std = torch.tensor(preprocessing.std, device=device).view(-1, 1, 1)
+    mean, std = _channels(preprocessing.mean, pixels_ICHW.device), _channels(preprocessing.std, pixels_ICHW.device)
     return ((pixels_ICHW.float() * preprocessing.rescale - mean) / std).to(dtype)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return a number per channel, (C, 1, 1), on a device; copied there once, since each copy waits for the device."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def num_layers_used(config: Any) -> int:

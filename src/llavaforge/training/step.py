@@ -51,17 +51,18 @@ class OptimizerStep:
         opened, state, world = self._opened, self.state, self._world
         # Dropout differs per step and rank but not between a resumed and an uninterrupted run.
         torch.manual_seed((opened.config.seed << 32) + state.step * world.size + world.rank)
-        loss_sum = 0.0
+        losses: list[torch.Tensor] = []
         for number, pack in enumerate(packs, 1):
             world.at_step(state.step + 1, f"forward and backward of micro-step {number} of {len(packs)}")
-            loss_sum += self._engine.micro_step(pack, 1.0 / num_supervised)
+            losses.append(self._engine.micro_step(pack, 1.0 / num_supervised))
         world.at_step(state.step + 1, "optimizer step")
         factor = rate_factor(state.step, opened.plan.num_steps, self._warmup, opened.config.lr_scheduler_type)
         self.is_updating = True
         result = self._engine.step(factor)
         self.is_updating = False
         flops = sum(opened.flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
-        loss_sum, num_tokens, flops = world.all_reduce_sum([loss_sum, sum(pack.num_tokens for pack in packs), flops])
+        mine = float(torch.stack(losses).double().sum())
+        loss_sum, num_tokens, flops = world.all_reduce_sum([mine, sum(pack.num_tokens for pack in packs), flops])
         seconds = time.perf_counter() - begin_s
         if not result.skipped:
             state.loss_sum += loss_sum

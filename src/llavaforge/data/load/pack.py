@@ -2,7 +2,7 @@
 
 Comes in: rows of the index and their pixels. Goes out: a `Pack`.
 
-Legend: T tokens of the pack, S supervised tokens, N samples, I images, C channels, H and W pixels.
+Legend: T tokens of the pack, M image tokens, S supervised tokens, N samples, I images, C channels, H and W pixels.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ class Pack:
 
     Attributes:
         ids_T: token ids with every image token written out.
+        image_positions_M: where in T the image tokens are.
         position_ids_T: positions, restarting at 0 with each sample.
         cu_seqlens_N1: `int32` borders of the samples: 0, len(0), len(0)+len(1), ...
         lengths: the samples' lengths, as plain numbers.
@@ -45,6 +46,7 @@ class Pack:
     """
 
     ids_T: torch.Tensor
+    image_positions_M: torch.Tensor
     position_ids_T: torch.Tensor
     cu_seqlens_N1: torch.Tensor
     lengths: tuple[int, ...]
@@ -115,6 +117,7 @@ def make_pack(
     ids = np.concatenate([ids for ids, _ in samples])
     return Pack(
         ids_T=torch.from_numpy(ids),
+        image_positions_M=torch.from_numpy(np.flatnonzero(ids == image_token_id)),
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         cu_seqlens_N1=torch.from_numpy(starts.astype(np.int32)),
         lengths=lengths,
