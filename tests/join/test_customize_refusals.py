@@ -89,14 +89,10 @@ def test_a_hub_name_that_the_hub_does_not_give_is_the_user_s_error(lm: Path, tmp
     assert_refused(Path("nobody/nothing-at-all"), lm, tmp_path / "out", "no such folder, and the hub does not give it")
 
 
-def test_attention_soft_capping_alone_has_its_place(tiny_clip: Path, tmp_path: Path):
-    source = tiny_parts.save_language_model(
-        tmp_path / "gemma2", "gemma2", final_logit_softcapping=None, attn_logit_softcapping=2.0
-    )
-    customize_model(
-        CustomizeModelConfig(vision_tower=str(tiny_clip), language_model=str(source), output_dir=tmp_path / "out")
-    )
-    assert (tmp_path / "out/model.safetensors").is_file()
+def test_soft_capped_attention_is_refused_since_packed_training_would_leave_it_out(tiny_clip: Path, tmp_path: Path):
+    options = {"final_logit_softcapping": None, "attn_logit_softcapping": 2.0}
+    source = tiny_parts.save_language_model(tmp_path / "gemma2", "gemma2", **options)
+    assert_refused(tiny_clip, source, tmp_path / "out", "asks its attention for `softcap`")
 
 
 @pytest.mark.parametrize(

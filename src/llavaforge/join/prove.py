@@ -97,20 +97,20 @@ def prove(folder: Path, tower: Part, language_model: Part, config: LlavaConfig, 
         with reading(language_model.folder, "It does not run within a LLaVA. Choose another language model."):
             logits = _logits(model, ids_BT)
         features = _features(model.model.vision_tower, pixels_NCHW, config.vision_feature_layer)
+        compare_logits(
+            expected_logits,
+            logits,
+            atol=_tolerance(expected_logits, config.dtype),
+            what=f"{language_model.folder}: text-only, the joined model is not this model",
+            hint="Something of it has no place in a LLaVA. Choose another language model.",
+        )
+        compare_logits(
+            expected_features,
+            features,
+            atol=_tolerance(expected_features, config.dtype),
+            what=f"{tower.folder}: the joined model's tower is not this tower (image features, not logits)",
+        )
         _prove_training(model, preprocessing, language_model.folder)
-    compare_logits(
-        expected_logits,
-        logits,
-        atol=_tolerance(expected_logits, config.dtype),
-        what=f"{language_model.folder}: text-only, the joined model is not this model",
-        hint="Something of it has no place in a LLaVA. Choose another language model.",
-    )
-    compare_logits(
-        expected_features,
-        features,
-        atol=_tolerance(expected_features, config.dtype),
-        what=f"{tower.folder}: the joined model's tower is not this tower (image features, not logits)",
-    )
     _compare_tokenizers(folder, language_model.folder)
     log.info("Proved: text logits and image features equal the parts'; a packed step trains.")
 
@@ -137,6 +137,8 @@ def _prove_training(model: Any, preprocessing: Preprocessing, source: Path) -> N
         together = step_module(make_pack(rows, [], -1, 1))
         together.backward()
         gradient = float(first.grad.float().norm()) if first.grad is not None else 0.0
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     except Exception as error:  # whatever an architecture does that was not made for this
         raise UserError(
             f"{source}: a model joined with it cannot be trained ({reason(error)}). Choose another language model."
