@@ -98,6 +98,7 @@ class Task:
     num_steps: int
     num_workers: int
     bf16: bool
+    compile: bool  # ours alone: as `auto` does in runs that are long enough
     lora_r: int = LORA_R
     lora_alpha: int = LORA_ALPHA
     lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))

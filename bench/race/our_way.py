@@ -30,6 +30,7 @@ def config_of(task: Task) -> TrainConfig:
         lora_alpha=task.lora_alpha,
         lora_target_modules=task.lora_targets,
         bf16=task.bf16,
+        compile=task.compile,
         dataloader_num_workers=task.num_workers,
         save_steps=0,
     )

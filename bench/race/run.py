@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.num_threads)
     dtype = compute_dtype(options.bf16 if options.bf16 == "auto" else options.bf16 == "true")
     results: dict[str, Any] = {"date": _today(), "size": options.size, "machine": machine.describe(dtype)}
+    results["compiled"] = options.compile == "true"
     results["source_sha256"] = machine.source_sha256()
     report.print_machine(results["machine"], console)
     sizes = [options.size, REAL]
@@ -69,7 +70,8 @@ def _measure(
     scenario: Scenario, model: Path, folder: Path, options: argparse.Namespace, dtype: torch.dtype
 ) -> dict[str, Any]:
     bf16 = dtype == torch.bfloat16
-    tasks = make_tasks(scenario, model, folder, options.batch_size, options.num_steps, bf16)
+    compiled = options.compile == "true"
+    tasks = make_tasks(scenario, model, folder, options.batch_size, options.num_steps, bf16, compiled)
     peak = measured_flops(torch.device("cpu"), dtype)
     reports = race(scenario, tasks, options.num_steps, folder / "logs" / scenario.name)
     peak = max(peak, measured_flops(torch.device("cpu"), dtype))
@@ -101,6 +103,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of every training process (default: torch's). With 1, CPU time is work done even on a busy machine: "
         "several threads also spend it waiting for each other",
     )
+    parser.add_argument("--compile", choices=["true", "false"], default="true", help="our layers, as in a long run")
     parser.add_argument("--bf16", choices=["auto", "true", "false"], default="auto", help="as in training")
     return parser.parse_args(arguments)
 

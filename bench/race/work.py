@@ -28,7 +28,7 @@ class StepWork:
 
 
 def make_tasks(
-    scenario: Scenario, model: Path, folder: Path, batch_size: int, num_measured: int, bf16: bool
+    scenario: Scenario, model: Path, folder: Path, batch_size: int, num_measured: int, bf16: bool, compiled: bool
 ) -> dict[Side, Task]:
     """Return the task of each side; they differ in loader workers and folders alone.
 
@@ -39,6 +39,7 @@ def make_tasks(
         batch_size: samples per step.
         num_measured: steps that count.
         bf16: compute in bfloat16.
+        compiled: compile our layers.
     """
     num_steps = WARMUP_STEPS + num_measured + SPARE_STEPS
     zeros = np.zeros(NUM_SAMPLES, dtype=np.int64)
@@ -67,6 +68,7 @@ def make_tasks(
             num_steps=num_steps,
             num_workers=NUM_WORKERS[side],
             bf16=bf16,
+            compile=compiled,
         )
         for side in scenario.sides
     }

@@ -387,6 +387,7 @@ def train(
     max_grad_norm: float = 1.0,
     bf16: bool | Literal["auto"] = "auto",
     gradient_checkpointing: bool = False,
+    compile: bool | Literal["auto"] = "auto",
     deepspeed: str | Path | None = None,
     stuck_timeout_s: float = 300.0,
     max_skipped_steps: int = 3,
@@ -462,6 +463,8 @@ def train(
         max_grad_norm: Clip the gradient to this norm (0: no clipping).
         bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
         gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory.
+        compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
+            runs.
         deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
             processes default to `zero2`, a single one to plain PyTorch.
         stuck_timeout_s: Seconds after which a run is ended when a process does not answer or gets nowhere, or no image

@@ -32,6 +32,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])  # the contenders are started as modules of this repository
     output = tmp_path / "results" / "run.json"
     options = ["--size", "tiny", "--num_steps", str(NUM_STEPS), "--batch_size", "2", "--bf16", "false"]
+    options += ["--compile", "false"]
     assert main([*options, "--scenario", LORA.name, "--output", str(output)]) == 0
     results = json.loads(output.read_text())
     (scenario,) = results["scenarios"]
@@ -60,7 +61,7 @@ def test_other_samples_are_refused(
     (tmp_path / "data").symlink_to(samples[0])
     model = make_model(tmp_path / "model", SIZES["tiny"], samples[1])
     scenario = Scenario("captions", "projector", 1e-3, 1.5, ("ours", "usual"))
-    tasks = make_tasks(scenario, model, tmp_path, batch_size=2, num_measured=1, bf16=False)
+    tasks = make_tasks(scenario, model, tmp_path, batch_size=2, num_measured=1, bf16=False, compiled=False)
     tasks["usual"] = replace(tasks["usual"], order=tasks["usual"].order[::-1])
     with pytest.raises(Unfair, match="step 1"):
         race(scenario, tasks, 1, tmp_path / "logs")

@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from llavaforge.errors import UserError
 from llavaforge.model import attention
-from llavaforge.model.attention import packed_attention
+from llavaforge.model.attention import Borders, packed_attention
 from llavaforge.model.block_attention import MAX_LENGTH, block_attention
 
 LENGTHS = (5, 1, 140, MAX_LENGTH + 6)
@@ -36,7 +36,7 @@ def test_equals_masked_attention_over_each_sample(window: int | None, num_kv_hea
     inputs = [torch.randn(1, heads, sum(LENGTHS), 8, requires_grad=True) for heads in (4, num_kv_heads, num_kv_heads)]
     borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     found, _ = packed_attention(
-        torch.nn.Identity(), *inputs, None, lengths=LENGTHS, cu_seqlens=borders, sliding_window=window
+        torch.nn.Identity(), *inputs, None, borders=Borders(LENGTHS, borders, max(LENGTHS)), sliding_window=window
     )
     expected = masked_attention(*inputs, window)
     torch.testing.assert_close(found, expected)
@@ -61,7 +61,7 @@ def test_the_branch_for_cuda_equals_masked_attention(
     inputs = [tensor.requires_grad_() for tensor in inputs]
     borders = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     found, _ = packed_attention(
-        torch.nn.Identity(), *inputs, None, lengths=LENGTHS, cu_seqlens=borders, sliding_window=window
+        torch.nn.Identity(), *inputs, None, borders=Borders(LENGTHS, borders, max(LENGTHS)), sliding_window=window
     )
     expected = masked_attention(*exact, window)
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
@@ -77,9 +77,9 @@ def test_what_is_not_computed_is_refused(asked: dict[str, object]) -> None:
     inputs = [torch.randn(1, 4, 6, 8) for _ in range(3)]
     borders = torch.tensor([0, 6]).int()
     harmless = {"position_ids": torch.arange(6), "softcap": None, "is_causal": True}
-    packed_attention(torch.nn.Identity(), *inputs, None, lengths=(6,), cu_seqlens=borders, **harmless)
+    packed_attention(torch.nn.Identity(), *inputs, None, borders=Borders((6,), borders, 6), **harmless)
     with pytest.raises(UserError, match=f"asks its attention for `{next(iter(asked))}"):
-        packed_attention(torch.nn.Identity(), *inputs, None, lengths=(6,), cu_seqlens=borders, **asked)
+        packed_attention(torch.nn.Identity(), *inputs, None, borders=Borders((6,), borders, 6), **asked)
 
 
 def test_blocks_in_bfloat16_are_as_exact_as_eager_attention() -> None:
@@ -126,7 +126,6 @@ def test_sliding_window_of_a_stock_model_is_the_same_packed_and_unpacked() -> No
         torch.cat([one, other], dim=1),
         position_ids=torch.cat([torch.arange(11), torch.arange(7)])[None],
         use_cache=False,
-        lengths=(11, 7),
-        cu_seqlens=torch.tensor([0, 11, 18], dtype=torch.int32),
+        borders=Borders((11, 7), torch.tensor([0, 11, 18], dtype=torch.int32), 11),
     ).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -53,9 +53,14 @@ class ParameterState:
 
 
 class Engine(Protocol):
-    """One process of a run (`world`: all of them)."""
+    """One process of a run (`world`: all of them).
+
+    Attributes:
+        has_whole_weights: whether a layer finds all its weights when it runs.
+    """
 
     world: World
+    has_whole_weights: bool
 
     def prepare(
         self, step_module: StepModule, groups: Sequence[Group], options: AdamWOptions, dtype: torch.dtype

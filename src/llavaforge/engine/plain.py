@@ -23,6 +23,8 @@ from llavaforge.processes.world import World
 class PlainEngine:
     """The engine of a single process; see `engine/base.py`."""
 
+    has_whole_weights = True
+
     def __init__(self, world: World) -> None:
         self.world, self.device = world, world.device
         self._masters: dict[str, nn.Parameter] = {}

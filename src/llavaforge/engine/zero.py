@@ -59,6 +59,7 @@ class ZeroEngine:
         self._deepspeed = deepspeed
         self._settings = settings
         self._shards_weights = stage_of(settings) == 3
+        self.has_whole_weights = not self._shards_weights
         self._has_moments = False  # DeepSpeed makes AdamW's moments in the first step
 
     def prepare(

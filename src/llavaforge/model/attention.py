@@ -9,6 +9,7 @@ Legend: H heads, T tokens of the pack, D head size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ _NOT_FOR_US = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Borders:
+    """Where the samples of a pack begin and end.
+
+    An object of its own, so that a compiled layer does not depend on how many samples there are.
+
+    Attributes:
+        lengths: of the samples; they sum to T.
+        cu_seqlens_N1: `int32` borders on the device.
+        longest: the largest of `lengths`.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens_N1: torch.Tensor
+    longest: int
+
+
 def packed_attention(
     module: torch.nn.Module,
     query_1HTD: torch.Tensor,
@@ -33,8 +51,7 @@ def packed_attention(
     value_1HTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    lengths: tuple[int, ...],
-    cu_seqlens: torch.Tensor,
+    borders: Borders,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -43,9 +60,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample of a pack, by the signature that transformers calls.
 
-    Keys and values have fewer heads than the queries for grouped-query attention. `lengths` are the samples' and sum
-    to T, `cu_seqlens` their `int32` borders, on the device. With a `sliding_window` a token sees itself and the
-    `sliding_window - 1` tokens before it. `scaling` is by default 1/sqrt(D).
+    Keys and values have fewer heads than the queries for grouped-query attention. With a `sliding_window` a token sees
+    itself and the `sliding_window - 1` tokens before it. `scaling` is by default 1/sqrt(D).
 
     Returns:
         (1, T, H, D), and None for the weights.
@@ -61,14 +77,24 @@ def packed_attention(
             "training does not compute. Choose another language model."
         )
     if _has_varlen(query_1HTD, dropout):
-        return _varlen(query_1HTD, key_1HTD, value_1HTD, lengths, cu_seqlens, scaling, sliding_window), None
-    outputs = [
-        _of_sample(q, k, v, scaling, dropout, sliding_window)
-        for q, k, v in zip(
-            query_1HTD.split(lengths, 2), key_1HTD.split(lengths, 2), value_1HTD.split(lengths, 2), strict=True
-        )
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        return _varlen(query_1HTD, key_1HTD, value_1HTD, borders, scaling, sliding_window), None
+    return _one_by_one(query_1HTD, key_1HTD, value_1HTD, borders, scaling, dropout, sliding_window), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _one_by_one(
+    query_1HTD: torch.Tensor,
+    key_1HTD: torch.Tensor,
+    value_1HTD: torch.Tensor,
+    borders: Borders,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention sample by sample, (1, T, H, D); never compiled, as it depends on how many samples there are."""
+    samples = zip(*(x.split(borders.lengths, 2) for x in (query_1HTD, key_1HTD, value_1HTD)), strict=True)
+    outputs = [_of_sample(q, k, v, scaling, dropout, sliding_window) for q, k, v in samples]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _of_sample(
@@ -112,30 +138,33 @@ def _has_varlen(query: torch.Tensor, dropout: float) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _is_ampere(query.device)
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
-    cu_seqlens: torch.Tensor,
+    borders: Borders,
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(lengths)
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
+        borders.cu_seqlens_N1,
+        borders.cu_seqlens_N1,
+        borders.longest,
+        borders.longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
-from llavaforge.model.attention import use_packed_attention
+from llavaforge.model.attention import Borders, use_packed_attention
 from llavaforge.model.loss import CHUNK, loss_sum
 from llavaforge.model.tower import normalize, tower_features
 
@@ -71,8 +71,7 @@ class StepModule(nn.Module):
             inputs_embeds=embedded_TD.unsqueeze(0),
             position_ids=pack.position_ids_T.unsqueeze(0),
             use_cache=False,
-            lengths=pack.lengths,
-            cu_seqlens=pack.cu_seqlens_N1,
+            borders=Borders(pack.lengths, pack.cu_seqlens_N1, max(pack.lengths)),
         )
         hidden: torch.Tensor = outputs.last_hidden_state
         return hidden.squeeze(0)

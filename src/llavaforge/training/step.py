@@ -9,6 +9,7 @@ import torch
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import Engine, StepResult
+from llavaforge.model.compile import is_compiled
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.trainable import learning_rate
 from llavaforge.training.opening import OpenedStage
@@ -34,6 +35,7 @@ class OptimizerStep:
     def __init__(self, opened: OpenedStage, engine: Engine, state: TrainState) -> None:
         self._opened, self._engine, self._world, self.state = opened, engine, engine.world, state
         config, self.is_updating = opened.config, False
+        self._compiles = is_compiled(opened.loaded.model)  # in the first micro-step, which may take longer than others
         self._warmup = warmup(opened.plan.num_steps, config.warmup_ratio, config.warmup_steps)
         self.peak_flops = peak_flops(self._world.device, compute_dtype(config.bf16)) * self._world.size
 
@@ -53,7 +55,9 @@ class OptimizerStep:
         torch.manual_seed((opened.config.seed << 32) + state.step * world.size + world.rank)
         losses: list[torch.Tensor] = []
         for number, pack in enumerate(packs, 1):
-            world.at_step(state.step + 1, f"forward and backward of micro-step {number} of {len(packs)}")
+            where = f"step {state.step + 1}: forward and backward of micro-step {number} of {len(packs)}"
+            world.at(where, timed=not self._compiles)
+            self._compiles = False
             losses.append(self._engine.micro_step(pack, 1.0 / num_supervised))
         world.at_step(state.step + 1, "optimizer step")
         factor = rate_factor(state.step, opened.plan.num_steps, self._warmup, opened.config.lr_scheduler_type)

@@ -16,6 +16,7 @@ from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_st
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, Engine, StepResult
 from llavaforge.errors import UserError, is_out_of_memory
+from llavaforge.model.compile import compile_layers, compiles
 from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import learning_rate
@@ -45,6 +46,9 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     config, world, loaded = opened.config, engine.world, opened.loaded
     world.at("preparing the model")
     step_module = StepModule(loaded.model, loaded.preprocessing, config.gradient_checkpointing)
+    if world.run_on_all(lambda: _compiles(opened, engine)):
+        compile_layers(loaded.model)
+        logger.info("layers are compiled: the first step takes up to some minutes")
     options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
     engine.prepare(step_module, opened.groups, options, compute_dtype(config.bf16))
     world.at("looking for a checkpoint")
@@ -58,6 +62,17 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     logger.info("going on from %s", folder)
     _tell_of_schedule(folder, opened, state.step)
     return state
+
+
+def _compiles(opened: OpenedStage, engine: Engine) -> bool:
+    config, plan = opened.config, opened.plan
+    return compiles(
+        config.compile,
+        engine.world.device,
+        float(plan.costs.mean()) * plan.global_batch_size * plan.num_steps,
+        has_whole_weights=engine.has_whole_weights,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
 
 
 def _read(folder: Path, opened: OpenedStage) -> tuple[TrainState, ParameterStates]:

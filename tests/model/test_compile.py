@@ -1,0 +1,88 @@
+"""Compiled layers compute what eager ones do, with one graph for all layers and all packs."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import varlen_reference
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+import tiny_parts
+from llavaforge.config.schema import CustomizeModelConfig
+from llavaforge.engine.plain import cast_parameters
+from llavaforge.errors import UserError
+from llavaforge.join.parts import customize_model
+from llavaforge.model import attention
+from llavaforge.model.compile import compile_layers, compiles
+from llavaforge.model.load import load_model
+from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import parameter_groups
+from llavaforge.training.metrics import read_metrics
+from llavaforge.training.run import train
+from train_tools import open_packs, pack_of, train_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NUM_LAYERS = 12  # more than torch compiles one function anew
+
+
+@pytest.mark.slow
+def test_a_compiled_run_takes_the_steps_of_an_eager_one(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+    losses = {}
+    for option in (False, True):
+        folder = tmp_path / str(option)
+        train(train_config(tiny_llava, shapes / "train", folder, train_type="full", compile=option, max_steps=3))
+        losses[option] = [line["loss"] for line in read_metrics(folder)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True][-1] < losses[True][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("branch", "train_type", "num_breaks"), [("cuda", "use_lora", 0), ("cpu", "full", 1)])
+def test_one_graph_serves_all_layers_and_all_packs(
+    branch: str, train_type: str, num_breaks: int, tiny_clip: Path,
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Some, since what needs a gradient differs between the first layers and the others; fewer would do."""
+    source = tiny_parts.save_language_model(tmp_path / "lm", "qwen2", num_hidden_layers=NUM_LAYERS)
+    folder = tmp_path / "model"
+    customize_model(CustomizeModelConfig(vision_tower=str(tiny_clip), language_model=str(source), output_dir=folder))
+    if branch == "cuda":
+        varlen_reference.register()
+        monkeypatch.setattr(attention, "_has_varlen", lambda *_: True)
+    loaded = load_model(str(folder))
+    config = train_config(folder, shapes / "train", tmp_path / "run", train_type=train_type)
+    parameter_groups(loaded.model, config)
+    _, dataset = open_packs(loaded, config)
+    module = StepModule(loaded.model, loaded.preprocessing).train()
+    cast_parameters(module, torch.bfloat16)
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_layers(loaded.model, counter)
+    counts = []
+    for number in range(14):
+        module(pack_of(dataset, *range(number, number + 2 + number % 5))).backward()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] <= 7
+    assert len(counters["graph_break"]) == num_breaks
+
+
+def test_long_runs_are_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [compiles("auto", CPU, flops) for flops in (1e12, 1e15)] == [False, True]
+    assert not compiles("auto", torch.device("mps"), 1e30)
+    assert compiles(True, CPU, 1.0) and not compiles(False, CPU, 1e30)
+    for lack, words in (
+        (dict(has_whole_weights=False), "ZeRO-3"),
+        (dict(gradient_checkpointing=True), "gradient_checkpointing on a CPU"),
+    ):
+        assert not compiles("auto", CPU, 1e30, **lack)
+        with pytest.raises(UserError, match=f"compile: true does not go with {words}"):
+            compiles(True, CPU, 1.0, **lack)
+    assert compiles("auto", CUDA, 1e30, gradient_checkpointing=True) == (importlib.util.find_spec("triton") is not None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert not compiles("auto", CPU, 1e30)
+    with pytest.raises(UserError, match=r"without a C\+\+ compiler"):
+        compiles(True, CPU, 1.0)
