@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-data bench-scaling faults soak
+.PHONY: demo test test-lowest check bench bench-data bench-scaling faults soak
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -17,6 +17,16 @@ demo: .venv/installed
 
 test: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest  # DeepSpeed compiles with .venv's ninja
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+.venv-lowest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		'torch==2.12.0' 'transformers==5.23.0' 'peft==0.21.0'
+	touch $@
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/pytest tests/model tests/engine/test_engines.py tests/inference/test_export.py
 
 check: .venv/installed
 	$(BIN)/ruff check

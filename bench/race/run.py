@@ -22,7 +22,7 @@ from bench.race.shares import forward_shares
 from bench.race.work import make_tasks, work_of
 from bench.samples import make_samples
 from bench.scenarios import HELP_BAR_S, REAL, SCENARIOS, SIZES, Scenario
-from llavaforge.model.load import compute_dtype
+from llavaforge.device import compute_dtype
 from llavaforge.training.peak_flops import measured_flops
 
 # A typical caption sample, for the table of shares: its text with markup, and its answer with the end token.

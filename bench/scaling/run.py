@@ -35,7 +35,7 @@ from bench.scaling.processes import run
 from bench.scaling.wire import MAX_LIVE, Weights, formula, gloo_bytes, ring_bytes
 from bench.scenarios import REAL, SIZES
 from llavaforge.config.schema import TrainConfig, shipped_deepspeed
-from llavaforge.model.load import compute_dtype
+from llavaforge.device import compute_dtype
 from llavaforge.training.metrics import read_metrics
 
 WARMUP_STEPS = 2  # ZeRO-3 watches its first passes before it fetches ahead

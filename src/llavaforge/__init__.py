@@ -388,6 +388,7 @@ def train(
     bf16: bool | Literal["auto"] = "auto",
     gradient_checkpointing: bool = False,
     compile: bool | Literal["auto"] = "auto",
+    deterministic: bool = False,
     deepspeed: str | Path | None = None,
     stuck_timeout_s: float = 300.0,
     max_skipped_steps: int = 3,
@@ -465,6 +466,8 @@ def train(
         gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory.
         compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
             runs.
+        deterministic: The same bytes from every start on a GPU too, where attention's backward sums in any order; a CPU
+            gives them.
         deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
             processes default to `zero2`, a single one to plain PyTorch.
         stuck_timeout_s: Seconds after which a run is ended when a process does not answer or gets nowhere, or no image

@@ -240,3 +240,14 @@ def test_a_file_of_the_users_named_final_is_not_replaced_by_the_link_to_the_last
     with pytest.raises(UserError, match="final: is in the way"):
         train(config)
     assert (tmp_path / "run" / "final").read_text() == "precious" and not (tmp_path / "run" / "one").exists()
+
+
+def test_deterministic_algorithms_do_all_that_a_run_needs_and_are_switched_off_again(
+    tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    for option in (False, True):
+        values: dict[str, Any] = dict(train_type="full", deterministic=option, max_steps=3)
+        train(train_config(tiny_llava, shapes / "train", tmp_path / str(option), **values))
+    one, other = (tensors_of(tmp_path / str(option) / "final") for option in (False, True))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -328,6 +328,8 @@ class TrainConfig(DataOptions):
     """Recompute the language model's layers in the backward pass to save memory."""
     compile: Changeable[bool | Literal["auto"]] = "auto"
     """Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long runs."""
+    deterministic: Changeable[bool] = False
+    """The same bytes from every start on a GPU too, where attention's backward sums in any order; a CPU gives them."""
     deepspeed: Changeable[str | None] = None
     """`zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several processes default
     to `zero2`, a single one to plain PyTorch."""

@@ -17,8 +17,8 @@ import torch
 
 from llavaforge.config.load import nearest
 from llavaforge.config.schema import TrainConfig, shipped_deepspeed
+from llavaforge.device import compute_dtype
 from llavaforge.errors import UserError
-from llavaforge.model.load import compute_dtype
 from llavaforge.model.trainable import learning_rate
 from llavaforge.model_folder.hub import find_model_folder
 from llavaforge.model_folder.read import read_config

@@ -10,11 +10,11 @@ from llavaforge.config.schema import ChatConfig, SampleOptions
 from llavaforge.data.pixels.decode import decode
 from llavaforge.data.pixels.preprocessing import Pixels
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
+from llavaforge.device import compute_dtype, pick_device
 from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.inference.generate import Answerer, Question
 from llavaforge.model.attention import use_packed_attention
-from llavaforge.model.load import compute_dtype
 from llavaforge.report.glyphs import visible
 
 
@@ -26,7 +26,7 @@ def chat(config: ChatConfig) -> None:
     """
     loaded = open_model(config.model_name_or_path, config.base_model)
     cast_parameters(loaded.model, compute_dtype("auto"))
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    loaded.model.to(pick_device()).eval()
     use_packed_attention(loaded.model)
     torch.manual_seed(config.seed)
     pixels: list[Pixels] = []

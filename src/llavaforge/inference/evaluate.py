@@ -25,12 +25,12 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.plan import MicroBatch, in_order
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
+from llavaforge.device import compute_dtype, pick_device
 from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.files import check_own, replace_text, to_json
 from llavaforge.inference.generate import Answerer, Question
 from llavaforge.inference.metrics import METRICS
-from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.results import EvaluateResult
 
@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     loaded = open_model(config.model_name_or_path, config.base_model)
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
     cast_parameters(step_module, compute_dtype(config.bf16))
-    step_module.to("cuda" if torch.cuda.is_available() else "cpu")
+    step_module.to(pick_device())
     entry = DataEntry(
         path=config.data_path,
         images=config.image_folder,

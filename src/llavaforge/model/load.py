@@ -86,17 +86,3 @@ def _loaded(path: Path, model: Any, processor: Any) -> LoadedModel:
     if not isinstance(processor.image_token_id, int):
         raise UserError(f"{path}: the processor knows no `<image>` token. {_REMEDY}")
     return LoadedModel(path, model, processor, preprocessing, num_placeholders(processor)[0])
-
-
-def compute_dtype(bf16: bool | str) -> torch.dtype:
-    """Return the type to compute in.
-
-    `auto` is bfloat16 on GPUs from Ampere on and on CPUs with bfloat16 products (AVX512-BF16, AMX), where a matrix
-    product is 2.3 times as fast as in float32 (LOG.md).
-    """
-    if bf16 == "auto":
-        if torch.cuda.is_available():
-            bf16 = torch.cuda.get_device_capability() >= (8, 0)
-        else:
-            bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if bf16 else torch.float32

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from llavaforge.device import pick_device
 from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
 from llavaforge.processes.heartbeat import Heartbeat
 
@@ -42,7 +43,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or pick_device()
         self.is_first_on_host = True
         self._control_group: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None

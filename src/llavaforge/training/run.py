@@ -5,8 +5,12 @@ go on from a checkpoint, show and prove the contract, train, leave the finished 
 """
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from llavaforge.checkpoint.resume import batch_size_of_begun, claimed
@@ -40,7 +44,11 @@ def train(config: TrainConfig) -> TrainResult:
     """
     stages, size = training_stages(config), num_processes()
     needs_group = any(stage.deepspeed for stage in stages)
-    with StopRequest() as stop, open_world(size, config.stuck_timeout_s, needs_group) as world:
+    with (
+        StopRequest() as stop,
+        _deterministic(any(stage.deterministic for stage in stages)),
+        open_world(size, config.stuck_timeout_s, needs_group) as world,
+    ):
         for number, stage in enumerate(stages, 1):
             world.run_on_all(stop.check)
             if config.stages:
@@ -53,6 +61,19 @@ def train(config: TrainConfig) -> TrainResult:
                 leave_result(stage, config.output_dir, stages)
             world.barrier()
     return result
+
+
+@contextmanager
+def _deterministic(is_on: bool) -> Iterator[None]:
+    """Within the block let torch take only algorithms that give the same bytes every time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainResult:

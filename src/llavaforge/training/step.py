@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llavaforge.data.load.pack import Pack
+from llavaforge.device import compute_dtype
 from llavaforge.engine.base import Engine, StepResult
 from llavaforge.model.compile import is_compiled
-from llavaforge.model.load import compute_dtype
 from llavaforge.model.trainable import learning_rate
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.peak_flops import peak_flops
@@ -65,7 +65,7 @@ class OptimizerStep:
         result = self._engine.step(factor)
         self.is_updating = False
         flops = sum(opened.flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
-        mine = float(torch.stack(losses).double().sum())
+        mine = sum(torch.stack(losses).tolist())  # the one wait for the device
         loss_sum, num_tokens, flops = world.all_reduce_sum([mine, sum(pack.num_tokens for pack in packs), flops])
         seconds = time.perf_counter() - begin_s
         if not result.skipped:

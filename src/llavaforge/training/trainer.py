@@ -14,10 +14,10 @@ from typing import Any
 from llavaforge.checkpoint.resume import find_checkpoint
 from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_state
 from llavaforge.data.load.pack import Pack
+from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions, Engine, StepResult
 from llavaforge.errors import UserError, is_out_of_memory
 from llavaforge.model.compile import compile_layers, compiles
-from llavaforge.model.load import compute_dtype
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import learning_rate
 from llavaforge.progress import Bar

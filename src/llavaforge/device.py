@@ -1,0 +1,27 @@
+"""Where tensors live: the one place that asks torch what this machine has."""
+
+import torch
+
+
+def pick_device() -> torch.device:
+    """Return this process's device: a CUDA or ROCm card, Apple's GPU (MPS), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(bf16: bool | str) -> torch.dtype:
+    """Return the type to compute in.
+
+    `auto` is bfloat16 on NVIDIA's GPUs from Ampere on, on AMD's, on Apple's from macOS 14 on, and on CPUs with bfloat16
+    products (AVX512-BF16, AMX), where a matrix product is 2.3 times as fast as in float32 (LOG.md).
+    """
+    if bf16 == "auto":
+        device = pick_device().type
+        if device == "cuda":
+            bf16 = torch.cuda.get_device_capability() >= (8, 0)
+        elif device == "mps":
+            bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+        else:
+            bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if bf16 else torch.float32
