@@ -66,7 +66,7 @@ def test_one_graph_serves_all_layers_and_all_packs(
     for number in range(14):
         module(pack_of(dataset, *range(number, number + 2 + number % 5))).backward()
         counts.append(counter.frame_count)
-    assert counts[0] == counts[-1] <= 7
+    assert counts[0] == counts[-1] <= 11
     assert len(counters["graph_break"]) == num_breaks
 
 
