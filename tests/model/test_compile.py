@@ -17,7 +17,7 @@ from llavaforge.errors import UserError
 from llavaforge.join.parts import customize_model
 from llavaforge.model import attention
 from llavaforge.model.compile import compile_layers, compiles
-from llavaforge.model.load import load_model
+from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import parameter_groups
 from llavaforge.training.metrics import read_metrics
@@ -61,13 +61,35 @@ def test_one_graph_serves_all_layers_and_all_packs(
     torch._dynamo.reset()
     counters.clear()
     counter = CompileCounterWithBackend("aot_eager")
-    compile_layers(loaded.model, counter)
+    compile_layers(loaded.model, backend=counter)
     counts = []
     for number in range(14):
         module(pack_of(dataset, *range(number, number + 2 + number % 5))).backward()
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1] <= 11
     assert len(counters["graph_break"]) == num_breaks
+
+
+def test_a_layer_that_does_not_compile_runs_as_it_is_unless_it_was_asked_for(
+    loaded_llava: LoadedModel, shapes: Path, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    losses = []
+    for must in (None, False, True):
+        loaded = load_model(str(loaded_llava.path))
+        _, dataset = open_packs(loaded, train_config(loaded.path, shapes / "train", tmp_path))
+        torch._dynamo.reset()
+        if must is not None:
+            compile_layers(loaded.model, must=must, backend=broken)
+        module = StepModule(loaded.model, loaded.preprocessing)
+        if must:
+            with pytest.raises(Exception, match="no such instruction"):
+                module(pack_of(dataset, 0, 1))
+        else:
+            losses.append(module(pack_of(dataset, 0, 1)).item())
+    assert losses[0] == losses[1]
 
 
 def test_long_runs_are_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:

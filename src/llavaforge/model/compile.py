@@ -60,8 +60,15 @@ def compiles(
     return not lacks
 
 
-def compile_layers(model: Any, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Let the layers of the language model and of the tower be compiled when they run first, in place."""
+def compile_layers(model: Any, must: bool = True, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Let the layers of the language model and of the tower be compiled when they run first, in place.
+
+    Args:
+        model: a stock Llava.
+        must: a layer that does not compile is an error; else it runs as it is, with a warning of torch's.
+        backend: torch.compile's.
+    """
+    torch._dynamo.config.suppress_errors = not must
     tower = vision_backbone(model)
     for layer in (*model.model.language_model.layers, *tower.encoder.layers[: num_layers_used(model.config)]):
         layer.compile(dynamic=True, backend=backend)

@@ -47,7 +47,7 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     world.at("preparing the model")
     step_module = StepModule(loaded.model, loaded.preprocessing, config.gradient_checkpointing)
     if world.run_on_all(lambda: _compiles(opened, engine)):
-        compile_layers(loaded.model)
+        compile_layers(loaded.model, must=config.compile is True)
         logger.info("layers are compiled: the first step takes up to some minutes")
     options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
     engine.prepare(step_module, opened.groups, options, compute_dtype(config.bf16))

@@ -155,12 +155,11 @@ def loading(
     """
     sources = iter(order)
     first = next(sources, None)
+    keys: Iterable[MicroBatch] = chain([first], sources) if first is not None else ()
     prefetch = _prefetch(dataset, first, num_workers) if first is not None and num_workers else 1
     loader: DataLoader[Pack | UserError] = DataLoader(
         _ErrorsReturned(dataset),
-        sampler=chain([first], sources)
-        if first is not None
-        else (),  # any iterable of keys will do; a plan need not know its length
+        sampler=keys,  # any iterable of keys will do; a plan need not know its length
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
