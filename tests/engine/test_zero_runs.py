@@ -135,6 +135,7 @@ def test_free_space_is_looked_at_before_a_save_also_where_no_process_holds_a_who
 ) -> None:
     config = train_config(tiny_llava, shapes / "train", tmp_path / "run", **options(deepspeed="zero3", save_steps=2))
     answers = two_ranks.run(config, free=12 * 1000)  # 42,080 parameters learn, 12 bytes each
+    assert [answer["code"] for answer in answers] == [2, 2]
     told = next(answer["message"] for answer in answers if answer["error"] == "UserError")
     assert "checkpoint-2 is not saved" in told and "a checkpoint takes 1 MB, 0 MB are free" in told
     assert not list((tmp_path / "run").glob("checkpoint-*"))
