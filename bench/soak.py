@@ -1,7 +1,7 @@
 """`make soak`: runs that are killed, asked to stop, damaged and starved of disk at random, again and again.
 
 Comes in: minutes and a seed. Goes out: one JSON object: what was done, and what was lost by it. Every run must end with
-the weights of the undisturbed one (to the bit on one process, within 1e-5 on two), lose at most `save_steps` steps to a
+the weights of the undisturbed one (to the bit on one process, within 1e-4 on two), lose at most `save_steps` steps to a
 kill and none to a signal, and leave no process and no temporary file; descriptors and memory stay flat.
 """
 
@@ -41,7 +41,11 @@ SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "HUP": signal.SIGHUP,
 # After a kill, so that the next start meets it. What of the newest checkpoint's steps is lost is lost by right.
 DAMAGES = ("none", "none", "none", "flip in the newest checkpoint", "cut metrics", "cut run.json", "cut index")
 _PATIENCE_S = 300
+# Of two processes against one: they add up in another order. Undisturbed runs differ by up to 3e-5 after 30 steps at
+# 1e-3, in biases of keys, whose gradient is zero but for rounding.
+_TOLERANCE = 1e-4
 _FULL_DISK_BYTES = 30_000
+_FIRST_S = 2.0  # before that Python itself starts, and a signal ends it as it ends any program
 
 
 @dataclass
@@ -69,7 +73,7 @@ class Soak:
         starter = files("llavaforge") / "starter"
         customize_model(
             vision_tower=str(starter / "small-clip"), language_model=str(starter / "small-qwen2"),
-            output_dir=folder / "model",
+            output_dir=folder / "model", torch_dtype="float32",
         )  # fmt: skip
         make_shapes(output_dir=folder / "data", num_samples=120, seed=0)
         self.undisturbed: dict[str, dict[str, torch.Tensor]] = {}
@@ -157,7 +161,7 @@ class Soak:
 
     def _wait(self, ranks: list["subprocess.Popen[str]"], output_dir: Path, before: int, killed_s: float) -> int | None:
         """Wait a random time; return the step that the run went on from, when it got so far."""
-        until = time.monotonic() + self.random.uniform(0.5, 12.0 * len(ranks))
+        until = time.monotonic() + self.random.uniform(_FIRST_S, 12.0 * len(ranks))
         went_on: int | None = None
         while time.monotonic() < until and all(rank.poll() is None for rank in ranks):
             steps = [line["step"] for line in read_metrics(output_dir)]
@@ -227,7 +231,7 @@ class Soak:
     def _compare(self, output_dir: Path, train_type: str, sizes: set[int]) -> None:
         self.tally.finished_runs += 1
         found, expected = _tensors(output_dir / "final"), self.undisturbed[train_type]
-        tolerance = 0.0 if sizes == {1} else 1e-5
+        tolerance = 0.0 if sizes == {1} else _TOLERANCE
         for name, tensor in expected.items():
             if float((tensor.float() - found[name].float()).abs().max()) > tolerance:
                 self.tally.failures.append(f"{output_dir.name} ({train_type}, {sizes} processes): {name} differs")

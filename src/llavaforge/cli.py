@@ -12,6 +12,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ from llavaforge.errors import (
 )
 from llavaforge.files import to_json
 from llavaforge.report.glyphs import visible
+from llavaforge.training.signals import StopRequest
 from llavaforge.version import __version__
 
 if TYPE_CHECKING:
@@ -93,8 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         for noisy in ("httpx", "matplotlib", "DeepSpeed"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        config = parse(name, rest)
-        result = _load(VERBS[name].function)(config)
+        with StopRequest() if name == "train" else nullcontext():  # from the first second on: imports take some
+            config = parse(name, rest)
+            result = _load(VERBS[name].function)(config)
         if result is not None and os.environ.get("RANK", "0") == "0":  # several processes have one result
             _write(to_json(result))
         return 2 if result and result.get(VERBS[name].fails_on) else 0

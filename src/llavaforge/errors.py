@@ -107,6 +107,9 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Return an error of others in one line."""
+    if problems := getattr(error, "errors", None):  # pydantic's, in its own many lines
+        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}, found {one['input']!r:.80}" for one in problems()]
+        return "; ".join(line.removeprefix(": Value error, ") for line in lines)[:_LONGEST_REASON]
     kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

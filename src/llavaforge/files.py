@@ -65,7 +65,7 @@ def replace_bytes(path: Path, content: bytes, own: str | None = None) -> None:
     """Replace a file's content, as `replace_text`."""
     if own is not None:
         check_own(path, own)
-    path = path.resolve()
+    path = real_path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # /dev/stdout
@@ -116,6 +116,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def real_path(path: Path) -> Path:
+    """Return where a path leads through its links; of a link that leads to itself, the path as it is."""
+    return Path(os.path.realpath(path))
 
 
 def is_inside(name: str) -> bool:

@@ -30,6 +30,7 @@ from llavaforge.files import (
     cache_dir,
     is_inside,
     machine,
+    real_path,
     remembered_sha256,
     sha256,
     sync_path,
@@ -56,7 +57,7 @@ def publishing(
     Raises:
         FileExistsError: `destination` exists and is not empty, or with `overwrite` holds what was not published.
     """
-    destination = destination.resolve()
+    destination = real_path(destination)
     _check_replaceable(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(destination.parent, destination.name)

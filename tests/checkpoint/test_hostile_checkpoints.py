@@ -1,5 +1,6 @@
 """Runs whose files are damaged: nothing of it is trained on in silence, and whatever is refused is named."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,3 +80,22 @@ def test_a_checkpoint_that_something_else_wrote_is_opened_or_refused_by_name(
         open_model(str(path.parent))
     except UserError as error:
         assert str(path.parent) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": {"r": "4", "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj"]}}, "lora.r: Input should be"),
+        ({"train_type": "use_lora"}, "train_type use_lora and lora do not go together"),
+        ({"base_model": 5}, "base_model: Input should be a valid string, found 5"),
+    ],
+)
+def test_what_a_run_says_of_itself_is_read_strictly_and_told_in_a_line(
+    change: dict[str, object], message: str, stopped: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(stopped / "checkpoint-4", tmp_path / "checkpoint-4"))
+    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | change))
+    write_manifest(folder, {})
+    with pytest.raises(UserError, match=rf"run.json: cannot be read \({message}") as caught:
+        open_model(str(folder))
+    assert "pydantic" not in str(caught.value)

@@ -114,6 +114,10 @@ def test_the_data_sets_are_mixed_throughout_an_epoch() -> None:
 def test_a_share_that_gives_nothing_is_refused() -> None:
     with pytest.raises(UserError, match=r"set1: its weight or repeat gives it no sample in an epoch. Raise it"):
         mixed({"weight": 1000}, {"weight": 1}, sizes=(10, 10))
+    with pytest.raises(
+        UserError, match=r"set0: `repeat` makes an epoch of 10,000,000,010 samples; at most 1,000,000,000"
+    ):
+        mixed({"repeat": 1e9}, {}, sizes=(10, 10))
     with pytest.raises(UserError, match="set1: no records are left to train on"):
         mixed({}, {}, sizes=(10, 0))
 

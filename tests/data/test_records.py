@@ -144,6 +144,9 @@ BROKEN: list[tuple[Any, str, str]] = [
     ({"caption": "a cat"}, "image_count", "one image, found 0"),
     ({"image": "a.jpg"}, "malformed_row", "`conversations`, `messages`.*found the fields image"),
     (["not", "a", "mapping"], "malformed_row", "a row is an object"),
+    (row(images=["b.jpg"], image="a.jpg"), "malformed_row", "`images` and `image` name other images"),
+    (row(system=5), "malformed_row", "`system` must be a text, found 5"),
+    (messages(("user", "Hi"), ("assistant", "A")) | {"system": ["x"]}, "malformed_row", "`system` must be a text"),
 ]
 
 
@@ -194,3 +197,10 @@ def test_a_malformed_row_never_crashes_and_never_passes_unnoticed(raw: Any) -> N
     assert [turn.role for turn in spoken] == ["user", "assistant"] * (len(spoken) // 2) and spoken
     assert all(turn.text for turn in spoken if turn.role == "assistant")
     assert sum(turn.text.count("<image>") for turn in spoken if turn.role == "user") == len(record.images)
+
+
+def test_the_same_image_by_two_fields_and_a_system_text_beside_messages_are_read() -> None:
+    record = parse_record(row(image="a.jpg", images=["a.jpg"]))
+    assert [image.name for image in record.images] == ["a.jpg"]
+    record = parse_record(messages(("user", "Hi"), ("assistant", "A")) | {"system": "Be short."})
+    assert record.turns[0] == ("system", "Be short.")

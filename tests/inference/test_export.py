@@ -114,6 +114,14 @@ def test_a_base_model_that_moved_is_named_and_one_that_changed_is_noticed(
     with pytest.raises(UserError, match=r"model is not there.*--base_model FOLDER"):
         export(config)
     export(config.model_copy(update={"base_model": tmp_path / "moved", "output_dir": tmp_path / "of moved"}))
+    for wrong, message in (
+        (tmp_path / "run", "is not the model that"),
+        (tmp_path / "run" / "run.json", "is no folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(config.model_copy(update={"base_model": wrong}))
+    with pytest.raises(UserError, match=r"is a whole model, which needs no base model"):
+        export(ExportConfig(checkpoint=tmp_path / "moved", output_dir=tmp_path / "out", base_model=tmp_path / "moved"))
     customize_model(CustomizeModelConfig(**parts, output_dir=tmp_path / "model", seed=9))
     with pytest.raises(UserError, match=r"base model .* has changed since the run"):
         export(config)

@@ -180,7 +180,7 @@ def test_the_models_own_special_tokens_in_texts_are_split_or_kept_and_counted(
     for choice in ("split", "keep"):
         builder = sample_builder(processor, 4, SampleOptions(special_tokens_in_text=choice))
         samples[choice] = builder.build(record)
-        assert samples[choice].num_special_tokens == 3 and samples[choice].num_images == 0
+        assert samples[choice].num_special_tokens == 1 and samples[choice].num_images == 0
     box, end = (processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|box_start|>", "<|im_end|>"))
     assert box not in samples["split"].ids and samples["keep"].ids.count(box) == 1
     assert samples["split"].ids.count(end) == samples["keep"].ids.count(end) == 2  # the template's own

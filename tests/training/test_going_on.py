@@ -11,7 +11,7 @@ import torch
 
 from llavaforge import folders
 from llavaforge.config.schema import TrainConfig
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, as_user_error
 from llavaforge.training.run import train
 from train_tools import tensors_of, train_config
 
@@ -213,10 +213,29 @@ def test_a_damaged_description_is_taken_from_a_checkpoint_or_refused(config: Con
     for text in ("", '{"identity": ', "[1]", '{"identity": 3}'):
         (tmp_path / "run" / "run.json").write_text(text)
         assert train(config())["global_step"] == 4
+    (tmp_path / "run" / "run.json").unlink()
+    assert train(config())["global_step"] == 4
+    assert (tmp_path / "run" / "run.json").is_file()
     for path in (tmp_path / "run").rglob("run.json"):
         path.write_text("{")
     with pytest.raises(UserError, match=r"run.json: is damaged, and no checkpoint says what run this is"):
         train(config())
+
+
+def test_a_checkpoint_that_is_none_is_refused(config: Config, tiny_llava: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no checkpoint. Give a run's checkpoint-N, or `auto`"):
+        train(config(resume_from_checkpoint=tiny_llava))
+    train(config(max_steps=4, save_steps=2))
+    (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "checkpoint-3")
+    with pytest.raises(UserError, match=r"train_state.json: cannot be read \(ValueError: it is of step 2\)"):
+        train(config(resume_from_checkpoint=tmp_path / "checkpoint-3", max_steps=6))
+
+
+def test_a_link_that_leads_to_itself_is_no_place_for_a_run(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop") as caught:
+        train(config(output_dir=tmp_path / "loop"))
+    assert as_user_error(caught.value) is not None
 
 
 def test_another_version_of_llavaforge_is_told(

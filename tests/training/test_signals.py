@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from llavaforge import cli
 from llavaforge.errors import StoppedEarly
 from llavaforge.training.signals import StopRequest
 
@@ -32,3 +33,14 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_torch_is_imported_is_answered_as_later(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda _: os.kill(os.getpid(), number))  # what imports the training run
+    before = signal.getsignal(number)
+    assert cli.main(["train", "--model_name_or_path=m", "--data_path=d", "--output_dir=o"]) == code
+    assert "start again to go on" in capsys.readouterr().err
+    assert signal.getsignal(number) == before

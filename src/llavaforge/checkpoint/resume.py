@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.identity import check_same_run
-from llavaforge.checkpoint.state import LATEST, PREFIX, RUN, load_run, steps_of
+from llavaforge.checkpoint.state import LATEST, PREFIX, RUN, TRAIN_STATE, load_run, steps_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.files import PREFIX as OWN_PREFIX
@@ -94,7 +94,7 @@ def begun(output_dir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, and no checkpoint has one.
     """
-    if not (output_dir / RUN).is_file():
+    if not _is_run(output_dir):
         return None
     left = {path.name for path in output_dir.iterdir() if not path.name.startswith(".")} - {RUN}
     left -= {path.name for path in output_dir.glob("*.jsonl") if not path.stat().st_size}
@@ -151,6 +151,8 @@ def find_checkpoint(
         check_same_run(folder, load_run(folder)["identity"], run["identity"], allowed)
 
     if isinstance(asked, Path):
+        if not (asked / TRAIN_STATE).is_file():
+            world.fail(UserError(f"{asked}: is no checkpoint. Give a run's checkpoint-N, or `auto`."))
         if found := differences_of(asked):
             message = f"{asked} cannot be resumed from: {'; '.join(found)}. Give another checkpoint-N or `auto`."
             world.fail(UserError(message))
@@ -179,9 +181,15 @@ def find_checkpoint(
     return None
 
 
+def _is_run(output_dir: Path) -> bool:
+    """Say whether a folder is a run's: it says so, or a checkpoint in it does."""
+    folders = [output_dir, *(output_dir / f"{PREFIX}{step}" for step in steps_of(output_dir))]
+    return any((folder / RUN).is_file() for folder in folders)
+
+
 def _check_strangers(output_dir: Path) -> None:
     strangers = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith(OWN_PREFIX))
-    if strangers and not (output_dir / RUN).is_file():
+    if strangers and not _is_run(output_dir):
         raise UserError(
             f"{output_dir}: not empty and not a run of llavaforge (it holds {', '.join(strangers[:3])}). "
             "Give another output_dir."

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
-from llavaforge.config.train_types import TrainType
+from llavaforge.config.train_types import TRAIN_TYPES, TrainType
 from llavaforge.engine.base import Engine, ParameterState
 from llavaforge.errors import EndedElsewhere, naming, reading
 from llavaforge.files import replace_text, sync_path, to_json
@@ -41,24 +41,28 @@ PREFIX = "checkpoint-"
 _KEYS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-class _Identity(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Identity(_Strict):
     base_model: str
     global_batch_size: PositiveInt
 
 
-class _Lora(BaseModel):
+class _Lora(_Strict):
     r: PositiveInt
     alpha: PositiveInt
     dropout: float
-    target_modules: tuple[str, ...]
+    target_modules: list[str]
 
 
-class _Result(BaseModel):
+class _Result(_Strict):
     global_step: int
     train_loss: float | None
 
 
-class _Run(BaseModel):
+class _Run(_Strict):
     """What readers of a `run.json` rely on."""
 
     train_type: TrainType
@@ -67,6 +71,12 @@ class _Run(BaseModel):
     lora: _Lora | None = None
     data: list[dict[str, Any]] = []
     result: _Result | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "_Run":
+        if "lora" in self.model_fields_set and TRAIN_TYPES[self.train_type].uses_lora != (self.lora is not None):
+            raise ValueError(f"train_type {self.train_type} and lora do not go together")
+        return self
 
 
 def save(

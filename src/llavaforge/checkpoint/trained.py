@@ -52,6 +52,8 @@ def read_trained(folder: Path, base_model: Path | None = None) -> Trained | None
     """
     is_checkpoint = (folder / TRAIN_STATE).is_file()
     if not is_checkpoint and not (folder / "adapter_config.json").is_file():
+        if base_model is not None:
+            raise UserError(f"{folder}: is a whole model, which needs no base model. Leave --base_model out.")
         return None
     if not (folder / RUN).is_file():
         raise UserError(
@@ -62,7 +64,7 @@ def read_trained(folder: Path, base_model: Path | None = None) -> Trained | None
         raise UserError(f"{folder}: {'; '.join(found)}. Give another checkpoint, or copy it again.")
     run = load_run(folder)
     base = base_model or Path(run["base_model"])
-    _check_base(folder, base, run)
+    _check_base(folder, base, run, is_given=base_model is not None)
     with reading(folder / RUN, "Restore it, or give another checkpoint."):
         options = _lora_options(run)
     if is_checkpoint:
@@ -119,11 +121,16 @@ def _lora_options(run: dict[str, Any]) -> LoraOptions | None:
     return LoraOptions(**stated | {"target_modules": tuple(stated["target_modules"])})
 
 
-def _check_base(folder: Path, base: Path, run: dict[str, Any]) -> None:
+def _check_base(folder: Path, base: Path, run: dict[str, Any], is_given: bool) -> None:
     if not base.is_dir():
+        what = "no folder" if base.exists() else "not there"
         raise UserError(
-            f"{folder}: its base model {base} is not there. Put it back, or name the folder that it is in now: "
+            f"{folder}: its base model {base} is {what}. Put it back, or name the folder that it is in now: "
             "--base_model FOLDER (under `train`, model_name_or_path)."
+        )
+    if fingerprint(base) != run["identity"]["base_model"] and is_given:
+        raise UserError(
+            f"{base}: is not the model that {folder} was trained on (that was {run['base_model']}), or has changed."
         )
     if fingerprint(base) != run["identity"]["base_model"]:
         raise UserError(

@@ -32,7 +32,7 @@ def chat(config: ChatConfig) -> None:
     pixels: list[Pixels] = []
     if config.image is not None:
         if not config.image.is_file():
-            raise UserError(f"{config.image}: no such image (--image).")
+            raise UserError(f"{config.image}: no such image file (--image).")
         pixels.append(loaded.preprocessing(decode(config.image.read_bytes(), str(config.image))))
     options = SampleOptions(system_prompt=config.system_prompt)
     answerer = Answerer(loaded, options, config.max_new_tokens, config.temperature)

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from llavaforge.errors import UserError
+from llavaforge.files import real_path
 from llavaforge.folders import not_published, publishing
 from llavaforge.model_folder.card import model_card
 from llavaforge.model_folder.config_files import config_json, generation_json, write_json
@@ -113,9 +114,9 @@ def check_output_dir(output_dir: Path, overwrite: bool, sources: Iterable[Path] 
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file. Give another --output_dir.")
     for source in sources:
-        if source.resolve().is_relative_to(output_dir.resolve()):
+        if real_path(source).is_relative_to(real_path(output_dir)):
             raise UserError(f"{output_dir}: writing there would replace {source}, which is read. Give another folder.")
-        if output_dir.resolve().is_relative_to(source.resolve()):
+        if real_path(output_dir).is_relative_to(real_path(source)):
             raise UserError(f"{output_dir}: lies inside {source}, which is read. Give a folder outside of it.")
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return

@@ -23,6 +23,7 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.mixture import Mixture, RowNumbers, deal, drop_quarantined
 from llavaforge.data.order.plan import MicroBatch, Plan, check_world, num_steps
 from llavaforge.errors import UserError
+from llavaforge.files import real_path
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.trainable import Group, parameter_groups
@@ -97,7 +98,7 @@ def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedSta
         start_server()
     loaded = world.run_on_all(lambda: load_model(config.model_name_or_path, projector_from=config.projector_from))
     groups = world.run_on_all(lambda: parameter_groups(loaded.model, config))
-    if config.output_dir.resolve().is_relative_to(loaded.path.resolve()):
+    if real_path(config.output_dir).is_relative_to(real_path(loaded.path)):
         world.fail(UserError(f"{config.output_dir}: lies inside the model's folder. Give an output_dir outside of it."))
     flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     world.at("opening the data")
@@ -158,7 +159,8 @@ def _sound(
     if config.quarantine is not None and not quiet:
         num_left_out = index.num_records
         num_left_out -= sum(map(len, rows)) + sum(map(len, faults))
-        logger.info("%s leaves out %d records", config.quarantine, num_left_out)
+        told = "%s leaves out %d records" + ("" if num_left_out else ": what it lists is of other data than this")
+        logger.log(logging.INFO if num_left_out else logging.WARNING, told, config.quarantine, num_left_out)
     for data_set, mine in zip(index.data_sets, faults, strict=True):
         if config.on_bad_sample == "stop":
             refuse(mine, data_set.num_records, data_set.source.name)

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, TypeAdapter
 
+from llavaforge.checkpoint.state import PREFIX, TRAIN_STATE
 from llavaforge.errors import reading
 
 
@@ -28,7 +29,7 @@ class TrainState:
         bad_samples: what messages call the records that steps left out (`on_bad_sample: skip`).
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     step: NonNegativeInt = 0
     num_samples: NonNegativeInt = 0
@@ -37,8 +38,8 @@ class TrainState:
     loss_sum: float = 0.0
     num_skipped: NonNegativeInt = 0
     num_moving_steps: NonNegativeInt = 0
-    train_time_s: float = 0.0
-    model_flops: float = 0.0
+    train_time_s: NonNegativeFloat = 0.0
+    model_flops: NonNegativeFloat = 0.0
     eval_loss: float | None = None
     bad_samples: list[str] = field(default_factory=list)
 
@@ -49,8 +50,11 @@ class TrainState:
         Raises:
             UserError: it is none.
         """
-        with reading(folder, "Give another checkpoint."):
-            return TypeAdapter(cls).validate_python(values)
+        with reading(folder / TRAIN_STATE, "Give another checkpoint."):
+            state = TypeAdapter(cls).validate_python(values)
+            if folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{state.step}":
+                raise ValueError(f"it is of step {state.step}")
+            return state
 
     @property
     def train_loss(self) -> float:

@@ -19,9 +19,11 @@ from rich.table import Table
 from llavaforge.config.schema import DataEntry, DataOptions
 from llavaforge.data.faults import Fault
 from llavaforge.data.index.index import DataSetIndex, SampleIndex
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reason
 
 RowNumbers = npt.NDArray[np.int64]
+
+_MOST_SAMPLES = 1_000_000_000  # of an epoch: their order is held in memory, 8 bytes each
 
 
 class Mixture:
@@ -114,6 +116,11 @@ def mix(entries: Sequence[DataEntry], rows: Sequence[RowNumbers], seed: int) -> 
         draws = [round(share * total) for share in weights / weights.sum()]
     else:
         draws = [round((entry.repeat or 1) * len(mine)) for entry, mine in zip(entries, rows, strict=True)]
+    if sum(draws) > max(_MOST_SAMPLES, total):
+        raise UserError(
+            f"{entries[0].path}: `repeat` makes an epoch of {sum(draws):,} samples; at most {_MOST_SAMPLES:,} are "
+            "taken. Lower it, and raise num_train_epochs or max_steps instead."
+        )
     for entry, number in zip(entries, draws, strict=True):
         if not number:
             raise UserError(f"{entry.path}: its weight or repeat gives it no sample in an epoch. Raise it.")
@@ -217,7 +224,7 @@ def _read_quarantine(file: Path) -> list[dict[str, Any]]:
                 raise TypeError("row is a number")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{file}: not a quarantine list ({type(error).__name__}: {error}). Write one with "
+            f"{file}: not a quarantine list ({reason(error)}). Write one with "
             "`llavaforge data check --quarantine FILE`."
         ) from None
     return lines

@@ -58,10 +58,7 @@ def _parse_llava(row: dict[str, Any]) -> _Parsed:
     if not isinstance(conversations, list) or not conversations:
         raise RecordError("malformed_row", "`conversations` must be a non-empty list of {from, value}.")
     turns = [_parse_turn(turn) for turn in conversations]
-    system = row.get("system")  # ShareGPT keeps it beside the conversation
-    if isinstance(system, str) and system.strip():
-        turns.insert(0, Turn("system", system))
-    return _images_of(row), turns, 0
+    return _images_of(row), [*_system_of(row), *turns], 0
 
 
 def _parse_turn(turn: Any) -> Turn:
@@ -102,6 +99,8 @@ def _parse_messages(row: dict[str, Any]) -> _Parsed:
             images, num_literals = images + mine, num_literals + literals
         else:
             raise RecordError("malformed_row", f"`content` is a text or a list of parts, found {content!r:.80}.")
+    if all(turn.role != "system" for turn in turns):
+        turns = [*_system_of(row), *turns]
     return images + beside, turns, num_literals
 
 
@@ -175,10 +174,7 @@ def _from_pairs(row: dict[str, Any], pairs: Sequence[tuple[Any, Any]], names: Se
             if not isinstance(text, str):
                 raise RecordError("malformed_row", f"`{name}` must be a text, found {text!r:.80}.")
             turns.append(Turn(_role(role), text))
-    system = row.get("system")
-    if isinstance(system, str) and system.strip():
-        turns.insert(0, Turn("system", system))
-    return images, _images_first(turns, images), 0
+    return images, _images_first([*_system_of(row), *turns], images), 0
 
 
 def _images_first(turns: Sequence[Turn], images: Sequence[ImageRef]) -> list[Turn]:
@@ -200,12 +196,28 @@ FORMATS: dict[str, Callable[[dict[str, Any]], _Parsed]] = {
 }
 
 
+def _system_of(row: Mapping[str, Any]) -> list[Turn]:
+    """Return the system text that stands beside the turns (ShareGPT keeps it there), if there is one."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RecordError("malformed_row", f"`system` must be a text, found {system!r:.80}.")
+    return [Turn("system", system)] if system and system.strip() else []
+
+
 def _images_of(row: Mapping[str, Any]) -> list[ImageRef]:
+    found: dict[str, list[ImageRef]] = {}
     for key in IMAGE_KEYS:
         values = row[key] if isinstance(row.get(key), list) else [row.get(key)]
         if not all(is_null(value) for value in values):
-            return [_image(value) for value in values]
-    return []
+            found[key] = [_image(value) for value in values]
+    (first, images), *others = found.items() or [("", [])]
+    if different := next((key for key, mine in others if mine != images), None):
+        raise RecordError(
+            "malformed_row",
+            f"`{first}` and `{different}` name other images ({short(images[0].name)!r}, "
+            f"{short(found[different][0].name)!r}), and one of them would not be seen. Leave one.",
+        )
+    return images
 
 
 def is_null(value: Any) -> bool:

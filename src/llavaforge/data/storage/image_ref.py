@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 IMAGE_KEYS = ("images", "image", "jpg", "jpeg", "png", "webp")
-"""Names of the fields that may hold a row's images, the first one wins."""
+"""Names of the fields that may hold a row's images."""
 
 
 _LONGEST = 80

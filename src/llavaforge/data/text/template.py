@@ -90,9 +90,9 @@ class ChatTemplate:
         )
 
     def num_special_tokens(self, turns: Sequence[Turn]) -> int:
-        """Return how many special tokens stand in texts, placeholders of images aside."""
+        """Return how many special tokens stand in texts that may be kept: not those that are always split."""
         found = (token for turn in turns for token in self._special.findall(turn.text))
-        return sum(token != IMAGE_PLACEHOLDER for token in found)
+        return sum(token not in self._own_tokens for token in found)
 
     @cached_property
     def _special_tokens(self) -> list[str]:
@@ -105,14 +105,18 @@ class ChatTemplate:
         return _any_of(self._special_tokens)
 
     @cached_property
-    def _split(self) -> re.Pattern[str]:
-        """Finds the special tokens that are split in texts."""
-        if not self.keeps_special_tokens:
-            return _any_of(self._special_tokens)
+    def _own_tokens(self) -> set[str]:
+        """The special tokens that mark turns and images, and would end or begin one in a text."""
         kinds = ("bos_token", "eos_token", "pad_token", "unk_token")
         own = {IMAGE_PLACEHOLDER, *(getattr(self.tokenizer, kind) for kind in kinds)}
         literals = "".join(_literals(self, ("user", "assistant", "user", "assistant"))[0]) if self.template else ""
-        return _any_of([token for token in self._special_tokens if token in own or token in literals])
+        return {token for token in self._special_tokens if token in own or token in literals}
+
+    @cached_property
+    def _split(self) -> re.Pattern[str]:
+        """Finds the special tokens that are split in texts."""
+        is_split = self._own_tokens if self.keeps_special_tokens else set(self._special_tokens)
+        return _any_of([token for token in self._special_tokens if token in is_split])
 
     @cached_property
     def end_token(self) -> str:
