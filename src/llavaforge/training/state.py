@@ -9,6 +9,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, TypeAdapter
 
 from llavaforge.checkpoint.state import PREFIX, TRAIN_STATE
 from llavaforge.errors import reading
+from llavaforge.files import to_json
 
 
 @dataclass
@@ -51,7 +52,7 @@ class TrainState:
             UserError: it is none.
         """
         with reading(folder / TRAIN_STATE, "Give another checkpoint."):
-            state = TypeAdapter(cls).validate_python(values)
+            state = TypeAdapter(cls).validate_json(to_json(values))  # strictly: no text is taken for a number
             if folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{state.step}":
                 raise ValueError(f"it is of step {state.step}")
             return state
