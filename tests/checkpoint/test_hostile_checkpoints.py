@@ -38,7 +38,7 @@ def stopped(tiny_llava: Path, shapes: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_happened_to_the_files_of_a_run_it_ends_with_the_same_weights_or_is_refused(
     stopped: Path, tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -59,7 +59,7 @@ def test_whatever_happened_to_the_files_of_a_run_it_ends_with_the_same_weights_o
         assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from([name for name in FILES if name != "manifest.json"]))
 def test_a_checkpoint_that_something_else_wrote_is_opened_or_refused_by_name(
     stopped: Path, tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],

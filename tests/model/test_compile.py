@@ -25,7 +25,7 @@ from llavaforge.training.run import train
 from train_tools import open_packs, pack_of, train_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-NUM_LAYERS = 12  # more than torch compiles one function anew
+NUM_LAYERS = 9  # more than torch compiles one function anew
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_a_compiled_run_takes_the_steps_of_an_eager_one(tiny_llava: Path, shapes
     losses = {}
     for option in (False, True):
         folder = tmp_path / str(option)
-        train(train_config(tiny_llava, shapes / "train", folder, train_type="full", compile=option, max_steps=3))
+        train(train_config(tiny_llava, shapes / "train", folder, train_type="projector", compile=option, max_steps=3))
         losses[option] = [line["loss"] for line in read_metrics(folder)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     assert losses[True][-1] < losses[True][0]
