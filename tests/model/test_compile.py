@@ -36,7 +36,7 @@ def test_a_compiled_run_takes_the_steps_of_an_eager_one(tiny_llava: Path, shapes
         train(train_config(tiny_llava, shapes / "train", folder, train_type="projector", compile=option, max_steps=3))
         losses[option] = [line["loss"] for line in read_metrics(folder)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    assert losses[True][-1] < losses[True][0]
+    assert len(set(losses[True])) == 3
 
 
 @pytest.mark.slow
