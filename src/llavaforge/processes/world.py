@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from llavaforge.device import pick_device
-from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
+from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError, as_user_error
 from llavaforge.processes.heartbeat import Heartbeat
 
 T = TypeVar("T")
@@ -115,7 +115,8 @@ class World:
             value = function()
         except (UserError, StoppedEarly, OSError) as caught:
             error = caught
-        codes = self.all_gather_objects(None if error is None else getattr(error, "exit_code", 1))
+        told = as_user_error(error) or error if isinstance(error, OSError) else error  # as `cli.main` tells it
+        codes = self.all_gather_objects(None if told is None else getattr(told, "exit_code", 1))
         failed = [(rank, code) for rank, code in enumerate(codes) if code is not None]
         if not failed:
             return value
