@@ -1,4 +1,4 @@
-"""Whole processes that start in a tenth of a second: forked from a server that has imported everything.
+"""Whole processes that start in a fifth of a second: forked from a server that has imported everything.
 
 The server is the one of `processes/workers.py`; `conftest.py` adds to what it imports.
 

@@ -52,7 +52,7 @@ class Saver:
             logger.warning("%s The run goes on (on_save_error: continue).", message)
         except EndedElsewhere:
             if config.on_save_error == "stop":
-                raise agreed(EndedElsewhere(UserError.exit_code)) from None  # as the process ends that told the user
+                raise
         return None
 
     def save_what_is_done(self) -> str:
