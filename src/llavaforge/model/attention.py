@@ -7,12 +7,14 @@ borders absent (plain `generate`) use `stock_attention`.
 Legend: H heads, T tokens of the pack, D head size.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -20,6 +22,9 @@ from llavaforge.errors import UserError
 from llavaforge.model.block_attention import MAX_LENGTH, block_attention
 
 PACKED = "llavaforge_packed"
+
+# Before torch 2.12 the kernel took fewer heads of keys and values without being told.
+_NAMES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 # Keywords that a forward hands down to everything below it and that change nothing of what attention computes.
 _NOT_FOR_US = frozenset(
@@ -155,8 +160,6 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -167,7 +170,7 @@ def _varlen(
         borders.longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": True} if _NAMES_GQA and query.shape[1] != key.shape[1] else {}),
     )
     assert isinstance(output, torch.Tensor)
     return output.unsqueeze(0)

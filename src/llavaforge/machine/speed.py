@@ -1,0 +1,135 @@
+"""How fast a machine trains a Llava: optimizer steps on random samples, timed one by one.
+
+Comes in: some `Work`. Goes out: a `Speed`, in plain numbers.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from llavaforge.data.load.pack import Pack
+from llavaforge.device import compute_dtype
+from llavaforge.engine.base import AdamWOptions
+from llavaforge.engine.open import open_engine
+from llavaforge.engine.zero_config import build_settings, decided
+from llavaforge.machine.random_model import ModelSize, preprocessing, random_model, random_packs, train_options
+from llavaforge.model.compile import compile_layers
+from llavaforge.model.flops import FlopCounter
+from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import parameter_groups
+from llavaforge.processes.world import World
+from llavaforge.training.peak_flops import peak_flops
+
+_NUM_DRAWN = 4  # different micro-batches; a run goes through them again and again
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, and how.
+
+    Attributes:
+        size: of the model.
+        train_type: what learns.
+        num_samples: of a micro-batch.
+        num_micro_batches: of a step.
+        text_tokens: fewest and most tokens of a sample beside its image.
+        compile: whether the layers are compiled.
+        gradient_checkpointing: as in a recipe.
+        deepspeed: as in a recipe.
+        options: further options of a recipe, such as `lora_r`.
+    """
+
+    size: ModelSize
+    train_type: str
+    num_samples: int
+    num_micro_batches: int = 1
+    text_tokens: tuple[int, int] = (24, 64)
+    compile: bool = False
+    gradient_checkpointing: Any = False
+    deepspeed: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured, of this process where there are several.
+
+    Attributes:
+        step_s: median seconds of a step.
+        first_step_s: seconds of the first one, which compiles and allocates.
+        samples_per_s: of all processes together.
+        tokens_per_s: of all processes together.
+        mfu: share of the device's peak that the model's FLOPs take (`model/flops.py`); recomputation does not count.
+        peak_memory_bytes: the most that was allocated at a time.
+        loss: of the last step, per supervised token.
+    """
+
+    step_s: float
+    first_step_s: float
+    samples_per_s: float
+    tokens_per_s: float
+    mfu: float
+    peak_memory_bytes: int
+    loss: float
+
+
+def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -> Speed:
+    """Train for some steps and time each.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    size, config = work.size, train_options(
+        work.train_type, gradient_checkpointing=work.gradient_checkpointing, **dict(work.options)
+    )
+    dtype = compute_dtype("auto")
+    model = random_model(size, world.device, dtype)
+    groups = parameter_groups(model, config)
+    flops = FlopCounter.of(model, size.num_image_tokens)
+    module = StepModule(model, preprocessing(size), config.gradient_checkpointing)
+    if work.compile:
+        compile_layers(model)
+    settings = None
+    if work.deepspeed or world.size > 1:
+        known = decided(config, work.num_samples * work.num_micro_batches * world.size, world.size)
+        settings = build_settings(work.deepspeed, known, size.width)
+    engine = open_engine(world, settings)
+    options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
+    engine.prepare(module, groups, options, dtype)
+    number = max(_NUM_DRAWN, work.num_micro_batches)
+    drawn = list(random_packs(size, number, work.num_samples, work.text_tokens, world.rank))
+    packs = [pack.pin_memory() for pack in drawn] if world.device.type == "cuda" else drawn
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, did = [], 0
+    for _ in range(num_warmup + num_steps):
+        begin = time.perf_counter()
+        mine = [packs[(did + place) % number] for place in range(work.num_micro_batches)]
+        did += len(mine)
+        supervised = sum(pack.num_supervised for pack in mine) * world.size
+        losses = [
+            engine.micro_step(_placed(pack, place == len(mine)), 1.0 / supervised)
+            for place, pack in enumerate(mine, 1)
+        ]
+        engine.step(1.0)
+        loss = float(torch.stack(losses).sum()) * world.size / supervised
+        seconds.append(time.perf_counter() - begin)
+    step_s = statistics.median(seconds[num_warmup:])
+    done = sum(flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs) / number
+    peak = peak_flops(world.device, dtype)
+    return Speed(
+        step_s=step_s,
+        first_step_s=seconds[0],
+        samples_per_s=work.num_samples * work.num_micro_batches * world.size / step_s,
+        tokens_per_s=sum(p.num_tokens for p in packs) / number * work.num_micro_batches * world.size / step_s,
+        mfu=done * work.num_micro_batches / step_s / peak,
+        peak_memory_bytes=engine.peak_memory_bytes(),
+        loss=loss,
+    )
+
+
+def _placed(pack: Pack, is_last_of_step: bool) -> Pack:
+    return replace(pack, source=replace(pack.source, is_last_of_step=is_last_of_step))
