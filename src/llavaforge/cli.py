@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         for noisy in ("httpx", "matplotlib", "DeepSpeed"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        with StopRequest() if name == "train" else nullcontext():  # from the first second on: imports take some
+        # From the first second on: imports take some.
+        with StopRequest(is_last=argv is None) if name == "train" else nullcontext():
             config = parse(name, rest)
             result = _load(VERBS[name].function)(config)
         if result is not None and os.environ.get("RANK", "0") == "0":  # several processes have one result

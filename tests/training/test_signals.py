@@ -44,3 +44,15 @@ def test_a_signal_while_torch_is_imported_is_answered_as_later(
     assert cli.main(["train", "--model_name_or_path=m", "--data_path=d", "--output_dir=o"]) == code
     assert "start again to go on" in capsys.readouterr().err
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_comes_while_the_process_ends_changes_nothing() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        with StopRequest(is_last=True):
+            pass
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

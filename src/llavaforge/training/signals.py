@@ -20,10 +20,16 @@ _WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered, signals raise `StoppedEarly`, or within `postponed` only set `exit_code`."""
+    """While entered, signals raise `StoppedEarly`, or within `postponed` only set `exit_code`.
 
-    def __init__(self) -> None:
+    Args:
+        is_last: only the process's own end comes after it, which a signal that comes late must not turn into a failure:
+            from its end on they are ignored.
+    """
+
+    def __init__(self, is_last: bool = False) -> None:
         self.exit_code = 0
+        self._is_last = is_last
         self._postponed = False
         self._before: dict[int, Any] = {}
 
@@ -37,7 +43,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._is_last else handler)
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
