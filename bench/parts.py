@@ -10,18 +10,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import CLIPVisionModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from bench.scenarios import ModelSize
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.join.parts import customize_model
+from llavaforge.machine.random_model import ModelSize, text_config, vision_config
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 # Qwen1.5-Chat's: ChatML with a default system message.
@@ -32,32 +26,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
-def vision_config(size: ModelSize) -> CLIPVisionConfig:
-    """Return the tower's config."""
-    return CLIPVisionConfig(
-        hidden_size=size.tower_width,
-        intermediate_size=size.tower_intermediate,
-        num_hidden_layers=size.tower_layers,
-        num_attention_heads=size.tower_heads,
-        image_size=size.image_size,
-        patch_size=size.patch_size,
-    )
-
-
-def text_config(size: ModelSize) -> Qwen2Config:
-    """Return the language model's config."""
-    return Qwen2Config(
-        vocab_size=size.vocab_size,
-        hidden_size=size.width,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
 
 
 def make_model(folder: Path, size: ModelSize, texts: Sequence[str]) -> Path:

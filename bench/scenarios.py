@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llavaforge.machine.random_model import PUBLISHED, REPLICA, ModelSize
+
 Side = Literal["ours", "usual", "usual_workers"]
 Data = Literal["captions", "instructions"]
 
@@ -14,34 +16,11 @@ SIDE_TITLES: dict[Side, str] = {
 NUM_WORKERS: dict[Side, int] = {"ours": 2, "usual": 0, "usual_workers": 2}
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """Sizes of the two parts; heads are `width / num_heads` wide."""
-
-    image_size: int
-    tower_width: int
-    tower_intermediate: int
-    tower_layers: int
-    tower_heads: int
-    width: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocab_size: int
-    patch_size: int = 14
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Tokens that one image takes."""
-        return (self.image_size // self.patch_size) ** 2
-
-
 REAL = "CLIP-L/336 + Qwen1.5-4B"
 SIZES: dict[str, ModelSize] = {
-    # The published configs of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B.
-    REAL: ModelSize(336, 1024, 4096, 24, 16, 2560, 6912, 40, 20, 151_936),
+    REAL: PUBLISHED,
     # The same share of work per part at a 120th of the parameters (`bench/race/shares.py` prints both).
-    "replica": ModelSize(336, 192, 768, 6, 3, 512, 1408, 8, 8, 6_170),
+    "replica": REPLICA,
     # For the tests: seconds, not minutes; its figures mean nothing.
     "tiny": ModelSize(56, 32, 64, 2, 2, 64, 128, 2, 2, 1_000),
 }

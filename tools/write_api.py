@@ -58,7 +58,7 @@ def _call(verb: str, values: dict[str, Any]) -> Any:
 def generate() -> str:
     """Return the text of `src/llavaforge/__init__.py`."""
     functions = {name_of(verb): verb for verb in VERBS}
-    types = [name for name, value in vars(results).items() if isinstance(value, type)]
+    types = [name for name, value in vars(results).items() if getattr(value, "__module__", "") == results.__name__]
     public = sorted([*functions, *types, *ERRORS, "__version__"], key=lambda name: (name.islower(), name))
     text = "\n".join(
         [

@@ -4,20 +4,14 @@ From the same formula that the trainer's MFU uses (`llavaforge.model.flops`), on
 """
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bench.parts import text_config, vision_config
-from bench.scenarios import ModelSize
+from llavaforge.machine.random_model import ModelSize, random_model
 from llavaforge.model.flops import FlopCounter
 
 
 def forward_shares(size: ModelSize, num_text_tokens: int, num_supervised: int) -> dict[str, float]:
     """Return the share of each part in the forward pass of one sample with one image; they sum to 1."""
-    config = LlavaConfig(
-        vision_config=vision_config(size), text_config=text_config(size), image_token_index=size.vocab_size - 1
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+    model = random_model(size, torch.device("meta"), torch.bfloat16)
     counter = FlopCounter.of(model, size.num_image_tokens)
     length = size.num_image_tokens + num_text_tokens
     flops = {

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llavaforge.engine.memory import MAX_LIVE, Counts
 from llavaforge.model.tower import unused_modules
 from llavaforge.model.trainable import part_of
 
-# DeepSpeed's default of `stage3_max_live_parameters`, which the shipped files leave as it is.
-MAX_LIVE = 1_000_000_000
 # How often a ring sends (N-1)/N of the tensor.
 _PASSES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "broadcast": 1, "reduce": 1}
 
@@ -41,6 +40,11 @@ class Weights:
     backward: int
     recomputed: int
     persistent: int
+
+    @property
+    def counts(self) -> Counts:
+        """What an engine's memory depends on."""
+        return Counts(self.total, self.learning, self.largest)
 
     @classmethod
     def of(cls, model: Any, threshold: int, gradient_checkpointing: bool) -> "Weights":

@@ -20,6 +20,7 @@ from llavaforge.results import (
     CustomizeModelResult,
     DataCheckResult,
     DataPreviewResult,
+    EnvResult,
     EvaluateResult,
     ExportResult,
     MakeShapesResult,
@@ -35,6 +36,7 @@ __all__ = [
     "DataCheckResult",
     "DataPreviewResult",
     "EndedElsewhere",
+    "EnvResult",
     "EvaluateResult",
     "ExportResult",
     "MakeShapesResult",
@@ -48,6 +50,7 @@ __all__ = [
     "chat",
     "check",
     "customize_model",
+    "env",
     "evaluate",
     "export",
     "make_shapes",
@@ -147,7 +150,7 @@ def check(
     quarantine: str | Path | None = None,
     global_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
-    max_tokens_per_batch: int | None = None,
+    max_tokens_per_batch: int | Literal["auto"] | None = None,
     gradient_accumulation_steps: int | None = None,
     seed: int = 42,
     train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
@@ -195,7 +198,8 @@ def check(
         global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
         per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
             `max_tokens_per_batch` is given).
-        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples.
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
         gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
             gives the global batch.
         seed: Seed of the sample order, LoRA's initial weights and dropout.
@@ -238,7 +242,7 @@ def preview(
     quarantine: str | Path | None = None,
     global_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
-    max_tokens_per_batch: int | None = None,
+    max_tokens_per_batch: int | Literal["auto"] | None = None,
     gradient_accumulation_steps: int | None = None,
     seed: int = 42,
     train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
@@ -286,7 +290,8 @@ def preview(
         global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
         per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
             `max_tokens_per_batch` is given).
-        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples.
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
         gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
             gives the global batch.
         seed: Seed of the sample order, LoRA's initial weights and dropout.
@@ -350,7 +355,7 @@ def train(
     quarantine: str | Path | None = None,
     global_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
-    max_tokens_per_batch: int | None = None,
+    max_tokens_per_batch: int | Literal["auto"] | None = None,
     gradient_accumulation_steps: int | None = None,
     seed: int = 42,
     train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
@@ -386,7 +391,7 @@ def train(
     adam_epsilon: float = 1e-08,
     max_grad_norm: float = 1.0,
     bf16: bool | Literal["auto"] = "auto",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int | Literal["auto"] = "auto",
     compile: bool | Literal["auto"] = "auto",
     deterministic: bool = False,
     deepspeed: str | Path | None = None,
@@ -430,7 +435,8 @@ def train(
         global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
         per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
             `max_tokens_per_batch` is given).
-        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples.
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
         gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
             gives the global batch.
         seed: Seed of the sample order, LoRA's initial weights and dropout.
@@ -463,7 +469,8 @@ def train(
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: Clip the gradient to this norm (0: no clipping).
         bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
-        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory.
+        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,
+            every N-th one, or (`auto`) as few as the device's memory allows.
         compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
             runs.
         deterministic: The same bytes from every start on a GPU too, where attention's backward sums in any order; a CPU
@@ -605,6 +612,29 @@ def export(
         RuntimeError: The exported folder does not compute what was trained; it is left for inspection.
     """
     return _call("export", locals())
+
+
+def env(
+    *,
+    check: bool = False,
+    output: str | Path | None = None,
+) -> EnvResult:
+    """Show this machine as a report of a fault needs it; prove that it trains rightly, and how fast.
+
+    Args:
+        check: Also check it, in about two minutes: attention, a step of each train type, ZeRO, resume, rates, real
+            shapes.
+        output: A JSON file for all of it.
+
+    Returns:
+        The keys of `EnvResult`: `llavaforge`, `python`, `system`, `libraries`, `cpu`, `cores`, `cpu_capability`,
+            `memory_gib`, `shm_gib`, `device`, `devices`, `driver`, `cuda`, `hip`, `nccl`, `compute_dtype`, `attention`,
+            `compiles`, `environment`, `checks`, `num_failed`.
+
+    Raises:
+        UserError: An option, or what it points at, is at fault; the message says how to mend it.
+    """
+    return _call("env", locals())
 
 
 def slurm(

@@ -76,6 +76,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss and exact match"),
     "chat": Verb("ChatConfig", "inference.chat:chat", "ask a model about an image"),
     "export": Verb("ExportConfig", "inference.export:export", "merge and verify a plain transformers folder"),
+    "env": Verb("EnvConfig", "machine.check:env", "show this machine, and prove that it trains", fails_on="num_failed"),
     "slurm": Verb("SlurmConfig", "sbatch:slurm", "write an sbatch script for a recipe"),
 }
 

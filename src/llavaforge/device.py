@@ -1,5 +1,7 @@
 """Where tensors live: the one place that asks torch what this machine has."""
 
+import os
+
 import torch
 
 
@@ -25,3 +27,12 @@ def compute_dtype(bf16: bool | str) -> torch.dtype:
         else:
             bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has, the host's for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

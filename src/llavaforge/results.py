@@ -1,6 +1,53 @@
 """What each verb returns: from a Python function as a dict, from the command line as the same keys in one JSON line."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
+
+
+class EnvResult(TypedDict):
+    """Result of `env`: what the machine is, and what was checked."""
+
+    llavaforge: str
+    """Its version."""
+    python: str
+    """Its version."""
+    system: str
+    """Operating system, its release, the kind of processor."""
+    libraries: dict[str, str | None]
+    """Versions; None for what is not installed."""
+    cpu: str
+    """Name of the processor."""
+    cores: int
+    """Cores that this process may use."""
+    cpu_capability: str
+    """Widest vector instructions that torch uses."""
+    memory_gib: float
+    """Memory of the host."""
+    shm_gib: float | None
+    """Shared memory (`/dev/shm`), through which the loader workers hand over."""
+    device: str
+    """Where training runs: cuda, mps or cpu."""
+    devices: list[dict[str, Any]]
+    """Name, memory, capability and multiprocessors of each GPU."""
+    driver: str | None
+    """Version of NVIDIA's driver."""
+    cuda: str | None
+    """Version of CUDA that torch was built for."""
+    hip: str | None
+    """The same of ROCm."""
+    nccl: str | None
+    """Version of NCCL."""
+    compute_dtype: str
+    """What `--bf16 auto` chooses here."""
+    attention: str
+    """Which attention a packed step takes here."""
+    compiles: str
+    """Whether `--compile` works here, and if not, what it lacks."""
+    environment: dict[str, str]
+    """Variables that change how a run goes, where they are set."""
+    checks: list[dict[str, Any]]
+    """Name, ok, seconds, figures and failures of each check."""
+    num_failed: int
+    """Checks that failed."""
 
 
 class QuickstartResult(TypedDict):

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from bench.parts import text_config, vision_config
 from bench.scaling import processes, rank
 from bench.scaling.paper import real_model
 from bench.scaling.processes import ProcessFailed, run
 from bench.scaling.run import REAL_PARAMETERS, SCALED, main
 from bench.scaling.wire import Weights, formula, gloo_bytes, ring_bytes
 from bench.scenarios import SIZES
-from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavaforge.config.schema import TrainConfig
+from llavaforge.machine.random_model import random_model
 from llavaforge.model.trainable import parameter_groups
 from warm import WarmProcess
 
@@ -87,11 +86,7 @@ def test_a_process_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def weights(train_type: str, **options: Any) -> Weights:
-    size = SIZES["tiny"]
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=vision_config(size), text_config=text_config(size), image_token_index=999)
-        )
+    model = random_model(SIZES["tiny"], torch.device("meta"), torch.bfloat16)
     values = {"model_name_or_path": "m", "data_path": "d", "output_dir": "o", "train_type": train_type, "lora_r": 4}
     parameter_groups(model, TrainConfig.model_validate(values))
     return Weights.of(model, threshold=640, **{"gradient_checkpointing": False, **options})

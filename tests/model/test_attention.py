@@ -54,7 +54,7 @@ def test_the_branch_for_cuda_equals_masked_attention(
 ) -> None:
     """On a CPU, through torch's own op; `varlen_reference` asserts what the kernel asks for."""
     varlen_reference.register()
-    monkeypatch.setattr(attention, "_has_varlen", lambda *_: True)
+    monkeypatch.setattr(attention, "has_varlen", lambda *_: True)
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, sum(LENGTHS), 16).bfloat16() for heads in (4, num_kv_heads, num_kv_heads)]
     exact = [tensor.float().requires_grad_() for tensor in inputs]

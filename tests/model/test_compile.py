@@ -12,14 +12,13 @@ from torch._dynamo.utils import counters
 
 import tiny_parts
 from llavaforge.config.schema import CustomizeModelConfig
-from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.join.parts import customize_model
 from llavaforge.model import attention
 from llavaforge.model.compile import compile_layers, compiles
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.step import StepModule
-from llavaforge.model.trainable import parameter_groups
+from llavaforge.model.trainable import cast_parameters, parameter_groups
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train
 from train_tools import open_packs, pack_of, train_config
@@ -51,7 +50,7 @@ def test_one_graph_serves_all_layers_and_all_packs(
     customize_model(CustomizeModelConfig(vision_tower=str(tiny_clip), language_model=str(source), output_dir=folder))
     if branch == "cuda":
         varlen_reference.register()
-        monkeypatch.setattr(attention, "_has_varlen", lambda *_: True)
+        monkeypatch.setattr(attention, "has_varlen", lambda *_: True)
     loaded = load_model(str(folder))
     config = train_config(folder, shapes / "train", tmp_path / "run", train_type=train_type)
     parameter_groups(loaded.model, config)

@@ -173,8 +173,8 @@ class DataOptions(SampleOptions):
     """Samples per optimizer step over all processes; accumulation is derived from it."""
     per_device_train_batch_size: Changeable[PositiveInt | None] = None
     """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
-    max_tokens_per_batch: Changeable[PositiveInt | None] = None
-    """Most tokens in one micro-batch of one process, instead of or besides a number of samples."""
+    max_tokens_per_batch: Changeable[PositiveInt | Literal["auto"] | None] = None
+    """Most tokens in one micro-batch of one process, instead of or besides a number of samples; `auto`: what fits."""
     gradient_accumulation_steps: Changeable[PositiveInt | None] = None
     """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
     seed: Seed = 42
@@ -236,6 +236,11 @@ class DataOptions(SampleOptions):
             return self.eval_data
         images = None if has_images_beside(self.eval_data_path) else self.image_folder
         return [DataEntry(path=self.eval_data_path, images=images, image_roots=self.image_roots)]
+
+    @property
+    def most_tokens(self) -> int | None:
+        """`max_tokens_per_batch` as a number; None where there is no bound, or none yet (`auto`)."""
+        return None if self.max_tokens_per_batch == "auto" else self.max_tokens_per_batch
 
     @property
     def max_samples_per_batch(self) -> int:
@@ -324,8 +329,9 @@ class TrainConfig(DataOptions):
 
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it."""
-    gradient_checkpointing: Changeable[bool] = False
-    """Recompute the language model's layers in the backward pass to save memory."""
+    gradient_checkpointing: Changeable[bool | PositiveInt | Literal["auto"]] = "auto"
+    """Recompute the language model's layers in the backward pass to save memory: all of them, every N-th one, or
+    (`auto`) as few as the device's memory allows."""
     compile: Changeable[bool | Literal["auto"]] = "auto"
     """Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long runs."""
     deterministic: Changeable[bool] = False
@@ -357,6 +363,11 @@ class TrainConfig(DataOptions):
 
     stages: Changeable[list[dict[str, Any]]] = []
     """Each entry is the recipe with some fields overridden (and a `name`); they run in order."""
+
+    @property
+    def recompute_every(self) -> int:
+        """`gradient_checkpointing` as a number: every how many layers one is recomputed; 0 for none, or not decided."""
+        return 0 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -465,6 +476,15 @@ class SlurmConfig(Schema):
     """The script to write (default: the recipe's name with .sh, in the current folder)."""
     overwrite: bool = False
     """Replace the script if it is there."""
+
+
+class EnvConfig(Schema):
+    """Show this machine as a report of a fault needs it; prove that it trains rightly, and how fast."""
+
+    check: bool = False
+    """Also check it, in about two minutes: attention, a step of each train type, ZeRO, resume, rates, real shapes."""
+    output: Path | None = None
+    """A JSON file for all of it."""
 
 
 class QuickstartConfig(Schema):

@@ -93,7 +93,7 @@ def _preview(
         cards=[make_card(dataset, reader, number, sample, positions[sample]) for sample, number in shown.items()],
         bars=kept,
         num_more_bars=len(bars) - len(kept),
-        most_tokens=config.max_tokens_per_batch or max(bar.num_tokens for bar in bars),
+        most_tokens=config.most_tokens or max(bar.num_tokens for bar in bars),
     )
 
 

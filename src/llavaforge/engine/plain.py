@@ -16,7 +16,7 @@ from torch import nn
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
 from llavaforge.model.step import StepModule
-from llavaforge.model.trainable import Group
+from llavaforge.model.trainable import Group, cast_parameters
 from llavaforge.processes.world import World
 
 
@@ -141,13 +141,6 @@ class PlainEngine:
         for name, parameter in self._parameters.items():
             if parameter is not self._masters[name]:
                 parameter.copy_(self._masters[name])
-
-
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters, not buffers: rounding a rotary embedding's `inv_freq` to bfloat16 moves every position."""
-    for parameter in module.parameters():
-        if parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

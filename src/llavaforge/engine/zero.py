@@ -165,7 +165,7 @@ class ZeroEngine:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(parameters, lr=0.0, betas=options.betas, eps=options.epsilon, adamw_mode=True)
-        return torch.optim.AdamW(parameters, lr=0.0, betas=options.betas, eps=options.epsilon)
+        return torch.optim.AdamW(parameters, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True)
 
     def _take_weights(self, step_module: StepModule, dtype: torch.dtype, settings: dict[str, Any]) -> None:
         """Move and cast the weights, one at a time: no process ever has a whole copy of them beside what it keeps.
@@ -246,7 +246,9 @@ class ZeroEngine:
 
     def _step_count(self, number: int) -> Any:
         """Return AdamW's step count as the optimizer keeps it: a tensor, or for DeepSpeed's CPU Adam a number."""
-        return number if offloads_optimizer(self._settings) else torch.tensor(float(number))
+        if offloads_optimizer(self._settings):
+            return number
+        return torch.tensor(float(number), device=self.device)
 
     def _take_step(self) -> None:
         self._engine.set_gradient_accumulation_boundary(True)

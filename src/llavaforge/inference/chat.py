@@ -11,10 +11,10 @@ from llavaforge.data.pixels.decode import decode
 from llavaforge.data.pixels.preprocessing import Pixels
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
 from llavaforge.device import compute_dtype, pick_device
-from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.inference.generate import Answerer, Question
 from llavaforge.model.attention import use_packed_attention
+from llavaforge.model.trainable import cast_parameters
 from llavaforge.report.glyphs import visible
 
 

@@ -26,12 +26,12 @@ from llavaforge.data.order.plan import MicroBatch, in_order
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
 from llavaforge.device import compute_dtype, pick_device
-from llavaforge.engine.plain import cast_parameters
 from llavaforge.errors import UserError
 from llavaforge.files import check_own, replace_text, to_json
 from llavaforge.inference.generate import Answerer, Question
 from llavaforge.inference.metrics import METRICS
 from llavaforge.model.step import StepModule
+from llavaforge.model.trainable import cast_parameters
 from llavaforge.results import EvaluateResult
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from llavaforge.engine.base import AdamWOptions, Engine, ParameterState
 from llavaforge.engine.open import open_engine
 from llavaforge.engine.zero_config import build_settings, decided
 from llavaforge.machine.random_model import TINY, preprocessing, random_model, random_packs, train_options
-from llavaforge.model.compile import compile_layers
 from llavaforge.model.attention import Borders, packed_attention
+from llavaforge.model.compile import compile_layers
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import parameter_groups
 from llavaforge.processes.world import World
@@ -37,7 +37,14 @@ class ProofFailed(Exception):
 
 
 # Heads, heads of keys and values, head size, sliding window.
-_ATTENTIONS = ((4, 4, 64, None), (8, 2, 128, None), (4, 4, 64, 50), (8, 2, 128, 50), (4, 4, 80, None), (4, 2, 256, None))
+_ATTENTIONS = (
+    (4, 4, 64, None),
+    (8, 2, 128, None),
+    (4, 4, 64, 50),
+    (8, 2, 128, 50),
+    (4, 4, 80, None),
+    (4, 2, 256, None),
+)
 _LENGTHS = (1, 7, 130, 64, 600)
 
 
@@ -57,10 +64,12 @@ def prove_attention(device: torch.device, dtype: torch.dtype) -> Figures:
         ]
         grad = torch.randn(1, sum(_LENGTHS), num_heads, head_size, generator=generator).to(dtype)
         ours = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
-        output, _ = packed_attention(nn.Module(), *ours, None, borders=borders, sliding_window=window)
+        query, key, value = ours
+        output, _ = packed_attention(nn.Module(), query, key, value, None, borders=borders, sliding_window=window)
         output.backward(grad.to(device))
         exact = [tensor.double().requires_grad_() for tensor in inputs]
-        expected = _exact_attention(*exact, window)
+        query, key, value = exact
+        expected = _exact_attention(query, key, value, window)
         expected.backward(grad.double())
         pairs = [(output, expected), *((mine.grad, theirs.grad) for mine, theirs in zip(ours, exact, strict=True))]
         error = max(_error(mine, theirs) for mine, theirs in pairs)
@@ -69,9 +78,7 @@ def prove_attention(device: torch.device, dtype: torch.dtype) -> Figures:
     return {"relative_error": worst}
 
 
-def _exact_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
-) -> torch.Tensor:
+def _exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
     """Return causal attention within each of the samples, (1, T, H, D), straight from its definition."""
     outputs = []
     repeats = query.shape[1] // key.shape[1]
@@ -93,10 +100,10 @@ def prove_train_type(device: torch.device, train_type: str, dtype: torch.dtype, 
     error = _error(torch.tensor(losses), torch.tensor(expected))
     _bound(error, dtype, f"the losses of {train_type}")
     before = dict(start.masters())
-    moves = [
+    mine, theirs = (
         torch.cat([(weight - before[name]).flatten() for name, weight in one.masters()]) for one in (engine, reference)
-    ]
-    cosine = float(torch.nn.functional.cosine_similarity(*moves, dim=0))
+    )
+    cosine = float(nn.functional.cosine_similarity(mine, theirs, dim=0))
     if not cosine > _LEAST_COSINE[dtype]:
         raise ProofFailed(f"{train_type} in {dtype}: the weights moved elsewhere than on the CPU, cosine {cosine:.4f}")
     return {"loss_error": error, "cosine_of_updates": cosine}

@@ -46,6 +46,8 @@ class ModelSize:
 
 # The published configs of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B.
 PUBLISHED = ModelSize(336, 1024, 4096, 24, 16, 2560, 6912, 40, 20, 151_936)
+# The same share of work per part at a 120th of the parameters, for CPUs.
+REPLICA = ModelSize(336, 192, 768, 6, 3, 512, 1408, 8, 8, 6_170)
 # Seconds on any machine; heads of 64, as the published sizes' kind of kernel needs.
 TINY = ModelSize(56, 128, 256, 3, 2, 256, 512, 3, 4, 1_000)
 
@@ -62,28 +64,32 @@ def vision_config(size: ModelSize) -> CLIPVisionConfig:
     )
 
 
-def text_config(size: ModelSize, num_key_value_heads: int | None = None) -> Qwen2Config:
-    """Return the language model's config; fewer heads of keys and values than `size.heads` where asked for."""
+def text_config(size: ModelSize) -> Qwen2Config:
+    """Return the language model's config."""
     return Qwen2Config(
         vocab_size=size.vocab_size,
         hidden_size=size.width,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        num_key_value_heads=num_key_value_heads or size.heads,
+        num_key_value_heads=size.heads,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
 
 
-def random_model(size: ModelSize, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """Return a stock Llava whose image token is the last of its vocabulary; weights are drawn where they live."""
-    torch.manual_seed(seed)
-    config = LlavaConfig(
+def llava_config(size: ModelSize) -> LlavaConfig:
+    """Return the whole model's config; its image token is the last of the vocabulary."""
+    return LlavaConfig(
         vision_config=vision_config(size), text_config=text_config(size), image_token_index=size.vocab_size - 1
     )
+
+
+def random_model(size: ModelSize, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """Return a stock Llava; its weights are drawn where they live."""
+    torch.manual_seed(seed)
     with device:
-        return LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+        return LlavaForConditionalGeneration._from_config(llava_config(size), dtype=dtype)
 
 
 def preprocessing(size: ModelSize) -> Preprocessing:

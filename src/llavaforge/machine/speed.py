@@ -13,11 +13,20 @@ import torch
 from llavaforge.data.load.pack import Pack
 from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions
+from llavaforge.engine.memory import Counts, engine_bytes, engine_name
 from llavaforge.engine.open import open_engine
 from llavaforge.engine.zero_config import build_settings, decided
-from llavaforge.machine.random_model import ModelSize, preprocessing, random_model, random_packs, train_options
+from llavaforge.machine.random_model import (
+    ModelSize,
+    llava_config,
+    preprocessing,
+    random_model,
+    random_packs,
+    train_options,
+)
 from llavaforge.model.compile import compile_layers
 from llavaforge.model.flops import FlopCounter
+from llavaforge.model.memory import activations
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import parameter_groups
 from llavaforge.processes.world import World
@@ -37,7 +46,7 @@ class Work:
         num_micro_batches: of a step.
         text_tokens: fewest and most tokens of a sample beside its image.
         compile: whether the layers are compiled.
-        gradient_checkpointing: as in a recipe.
+        recompute_every: every how many layers one is recomputed (0: none).
         deepspeed: as in a recipe.
         options: further options of a recipe, such as `lora_r`.
     """
@@ -48,7 +57,7 @@ class Work:
     num_micro_batches: int = 1
     text_tokens: tuple[int, int] = (24, 64)
     compile: bool = False
-    gradient_checkpointing: Any = False
+    recompute_every: int = 0
     deepspeed: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -65,6 +74,7 @@ class Speed:
         mfu: share of the device's peak that the model's FLOPs take (`model/flops.py`); recomputation does not count.
         peak_memory_bytes: the most that was allocated at a time.
         loss: of the last step, per supervised token.
+        forecast_bytes: what `model/memory.py` and `engine/memory.py` expect of the peak.
     """
 
     step_s: float
@@ -74,6 +84,7 @@ class Speed:
     mfu: float
     peak_memory_bytes: int
     loss: float
+    forecast_bytes: float
 
 
 def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -> Speed:
@@ -82,20 +93,15 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    size, config = work.size, train_options(
-        work.train_type, gradient_checkpointing=work.gradient_checkpointing, **dict(work.options)
-    )
-    dtype = compute_dtype("auto")
+    size, config = work.size, train_options(work.train_type, **dict(work.options))
+    dtype, settings = compute_dtype("auto"), _settings(work, world)
     model = random_model(size, world.device, dtype)
     groups = parameter_groups(model, config)
+    counts = Counts.of(model)
     flops = FlopCounter.of(model, size.num_image_tokens)
-    module = StepModule(model, preprocessing(size), config.gradient_checkpointing)
+    module = StepModule(model, preprocessing(size), work.recompute_every)
     if work.compile:
         compile_layers(model)
-    settings = None
-    if work.deepspeed or world.size > 1:
-        known = decided(config, work.num_samples * work.num_micro_batches * world.size, world.size)
-        settings = build_settings(work.deepspeed, known, size.width)
     engine = open_engine(world, settings)
     options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
     engine.prepare(module, groups, options, dtype)
@@ -111,8 +117,7 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
         did += len(mine)
         supervised = sum(pack.num_supervised for pack in mine) * world.size
         losses = [
-            engine.micro_step(_placed(pack, place == len(mine)), 1.0 / supervised)
-            for place, pack in enumerate(mine, 1)
+            engine.micro_step(_placed(pack, place == len(mine)), 1.0 / supervised) for place, pack in enumerate(mine, 1)
         ]
         engine.step(1.0)
         loss = float(torch.stack(losses).sum()) * world.size / supervised
@@ -120,6 +125,15 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
     step_s = statistics.median(seconds[num_warmup:])
     done = sum(flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs) / number
     peak = peak_flops(world.device, dtype)
+    forecast = engine_bytes(engine_name(settings), counts, world.size, dtype.itemsize) + activations(
+        llava_config(size), config, preprocessing(size), dtype
+    ).bytes(
+        max(pack.num_tokens for pack in packs),
+        work.num_samples,
+        max(pack.num_supervised for pack in packs),
+        work.recompute_every,
+        work.compile,
+    )
     return Speed(
         step_s=step_s,
         first_step_s=seconds[0],
@@ -128,7 +142,16 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
         mfu=done * work.num_micro_batches / step_s / peak,
         peak_memory_bytes=engine.peak_memory_bytes(),
         loss=loss,
+        forecast_bytes=forecast,
     )
+
+
+def _settings(work: Work, world: World) -> dict[str, Any] | None:
+    if work.deepspeed is None and world.size == 1:
+        return None
+    config = train_options(work.train_type, **dict(work.options))
+    known = decided(config, work.num_samples * work.num_micro_batches * world.size, world.size)
+    return build_settings(work.deepspeed, known, work.size.width)
 
 
 def _placed(pack: Pack, is_last_of_step: bool) -> Pack:

@@ -81,7 +81,7 @@ def packed_attention(
             f"{type(module).__name__}: asks its attention for `{(unknown or ['is_causal=False'])[0]}`, which packed "
             "training does not compute. Choose another language model."
         )
-    if _has_varlen(query_1HTD, dropout):
+    if has_varlen(query_1HTD, dropout):
         return _varlen(query_1HTD, key_1HTD, value_1HTD, borders, scaling, sliding_window), None
     return _one_by_one(query_1HTD, key_1HTD, value_1HTD, borders, scaling, dropout, sliding_window), None
 
@@ -135,10 +135,10 @@ def _window_mask(length: int, sliding_window: int | None, device: torch.device) 
     return (distance >= 0) & (distance < sliding_window)
 
 
-def _has_varlen(query: torch.Tensor, dropout: float) -> bool:
+def has_varlen(query: torch.Tensor, dropout: float) -> bool:
     """FlashAttention's kernel needs Ampere or later, half precision, heads of at most 256 in a multiple of 8."""
     return (
-        query.is_cuda
+        (query.is_cuda or query.is_meta)  # shapes alone: what the kernel would keep
         and dropout == 0
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= 256
@@ -149,7 +149,7 @@ def _has_varlen(query: torch.Tensor, dropout: float) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_ampere(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "meta" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _varlen(
@@ -160,6 +160,7 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
+    gqa: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _NAMES_GQA else {}
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -170,7 +171,7 @@ def _varlen(
         borders.longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        **({"enable_gqa": True} if _NAMES_GQA and query.shape[1] != key.shape[1] else {}),
+        **gqa,
     )
     assert isinstance(output, torch.Tensor)
     return output.unsqueeze(0)

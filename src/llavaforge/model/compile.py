@@ -52,7 +52,7 @@ def compiles(
     elif gradient_checkpointing and device.type == "cpu":  # its attention is not compiled: a break within the layer
         lacks = "gradient_checkpointing on a CPU"
     else:
-        lacks = _missing(device)
+        lacks = missing_for_compile(device)
     if lacks and option is True:
         raise UserError(f"compile: true does not go with {lacks}. Change that, or give compile: auto.")
     if lacks:
@@ -79,7 +79,7 @@ def is_compiled(model: Any) -> bool:
     return model.model.language_model.layers[0]._compiled_call_impl is not None
 
 
-def _missing(device: torch.device) -> str:
+def missing_for_compile(device: torch.device) -> str:
     """Return what a compiled layer needs and is not there; empty when all is."""
     compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     if not any(name and shutil.which(name) for name in compilers):

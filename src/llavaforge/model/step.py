@@ -22,22 +22,25 @@ class StepModule(nn.Module):
     Args:
         model: a stock `LlavaForConditionalGeneration`; its weights stay its own.
         preprocessing: the image processor's settings, for the normalisation.
-        gradient_checkpointing: recompute the language model's layers in the backward pass. Never the tower's: switching
-            it on for the whole model would back-propagate through a frozen tower.
+        recompute_every: every how many layers of the language model one is computed again in the backward pass
+            (gradient checkpointing; 0: none). Never the tower's: for the whole model it would back-propagate through a
+            frozen tower.
 
     Attributes:
         runs_all_modules: run every module in every pass, in the same order, whatever the pack holds. ZeRO-3 sets it:
             there each module's forward gathers its weights from all ranks.
     """
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: Any, preprocessing: Preprocessing, recompute_every: int = 0) -> None:
         super().__init__()
         self.model = model
         self.preprocessing = preprocessing
         self.runs_all_modules = False
         use_packed_attention(model)
-        if gradient_checkpointing:
-            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        if recompute_every:
+            model.model.language_model.activation_checkpointing_enable(
+                {"use_reentrant": False}, every_n_layers=recompute_every
+            )
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""

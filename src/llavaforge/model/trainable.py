@@ -112,3 +112,10 @@ def lora_options(options: DataOptions) -> LoraOptions | None:
     if not options.uses_lora:
         return None
     return LoraOptions(options.lora_r, options.lora_alpha, options.lora_dropout, tuple(options.lora_target_modules))
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters, not buffers: rounding a rotary embedding's `inv_freq` to bfloat16 moves every position."""
+    for parameter in module.parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)

@@ -16,7 +16,7 @@ def held_out_loss(opened: OpenedStage, held_out: HeldOut, engine: Engine, step: 
         step: steps done, for the message when a process is lost.
     """
     config, index, world = opened.config, held_out.index, engine.world
-    batches = in_order(index.lengths, held_out.rows, config.max_samples_per_batch, config.max_tokens_per_batch)
+    batches = in_order(index.lengths, held_out.rows, config.max_samples_per_batch, config.most_tokens)
     mine = deal_in_order(batches, index.num_supervised, world.rank, world.size)
     loss, count = 0.0, 0
     faults: list[Fault] = []

@@ -196,10 +196,10 @@ class Guards:
 def _savings(config: TrainConfig) -> list[str]:
     """Return what would lower the memory of a step, the cheapest first; the global batch stays what it is."""
     found = []
-    if not config.gradient_checkpointing:
+    if config.recompute_every != 1:
         found.append("--gradient_checkpointing true")
-    if config.max_tokens_per_batch:
-        found.append(f"--max_tokens_per_batch {config.max_tokens_per_batch // 2}")
+    if config.most_tokens:
+        found.append(f"--max_tokens_per_batch {config.most_tokens // 2}")
     elif config.max_samples_per_batch > 1:
         found.append(f"--per_device_train_batch_size {config.max_samples_per_batch // 2}")
     found.append(f"--max_length below {config.max_length}")

@@ -30,6 +30,7 @@ from llavaforge.model.trainable import Group, parameter_groups
 from llavaforge.processes.workers import start_server
 from llavaforge.processes.world import World
 from llavaforge.training.bad_samples import check_bound
+from llavaforge.training.fitting import Sizes, fitted
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedSta
     data = world.run_on_first_of_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
     if len(config.entries) > 1:
         console.print(data.mixture.table(config.entries, data.index.num_supervised))
+    config = fitted(config, loaded, Sizes.of(data.index, data.mixture), world)
     plan = world.run_on_all(lambda: _plan(config, data, flops, world))
     run = describe_run(config, loaded, data.index, data.mixture, plan)
     return OpenedStage(config, loaded, groups, flops, data, plan, run)

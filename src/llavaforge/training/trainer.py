@@ -27,6 +27,7 @@ from llavaforge.training.evaluation import held_out_loss
 from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import MetricsFile
 from llavaforge.training.opening import OpenedStage
+from llavaforge.training.rehearsal import rehearse
 from llavaforge.training.saving import Saver
 from llavaforge.training.schedule import rate_factor, warmup
 from llavaforge.training.signals import StopRequest
@@ -45,7 +46,7 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     """
     config, world, loaded = opened.config, engine.world, opened.loaded
     world.at("preparing the model")
-    step_module = StepModule(loaded.model, loaded.preprocessing, config.gradient_checkpointing)
+    step_module = StepModule(loaded.model, loaded.preprocessing, config.recompute_every)
     if world.run_on_all(lambda: _compiles(opened, engine)):
         compile_layers(loaded.model, must=config.compile is True)
         logger.info("layers are compiled: the first step takes up to some minutes")
@@ -71,7 +72,7 @@ def _compiles(opened: OpenedStage, engine: Engine) -> bool:
         engine.world.device,
         float(plan.costs.mean()) * plan.global_batch_size * plan.num_steps,
         has_whole_weights=engine.has_whole_weights,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=bool(config.recompute_every),
     )
 
 
@@ -127,6 +128,7 @@ class Trainer:
         self._guards = Guards(opened, engine, state, self._saver)
         self._contract = Contract(opened.loaded.model, opened.groups, engine, state.num_moving_steps)
         self._step = OptimizerStep(opened, engine, state)
+        self._rehearses = engine.world.device.type != "cpu"  # whose memory ends in swapping, not in an error
 
     def train(self, stop: StopRequest) -> TrainResult:
         """Take all steps that are left.
@@ -172,7 +174,11 @@ class Trainer:
         """Take a step with its packs."""
         num_supervised = self._guards.leave_out(packs)
         try:
-            return self._step(packs, num_supervised, begin_s)
+            taken = self._step(packs, num_supervised, begin_s)
+            if self._rehearses and not self._is_last():
+                rehearse(self._opened, self._engine)
+            self._rehearses = False
+            return taken
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

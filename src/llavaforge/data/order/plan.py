@@ -92,7 +92,7 @@ class Plan:
             num_steps=num_steps,
             world_size=world_size,
             max_samples=options.max_samples_per_batch,
-            max_tokens=options.max_tokens_per_batch,
+            max_tokens=options.most_tokens,
         )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,92 @@
+"""What is measured: one row, one process. All choices of the benchmark are in this file."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llavaforge.machine.random_model import PUBLISHED, TINY, ModelSize
+from llavaforge.machine.speed import Work
+
+SIZES: dict[str, ModelSize] = {"published": PUBLISHED, "tiny": TINY}
+TEXT_TOKENS = {"captions": (24, 64), "instructions": (50, 300)}  # beside the image; stage 1, stage 2
+USUAL_BATCHES = (8, 16, 32)  # samples per micro-batch that the usual way is tried with
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; travels to its process as JSON.
+
+    Attributes:
+        size: of the model (`SIZES`).
+        side: llavaforge, or the usual way (`bench/gpu/usual.py`).
+        train_type: what learns.
+        num_samples: of a micro-batch.
+        num_micro_batches: of a step.
+        data: `captions` or `instructions`, for the samples' lengths.
+        compile: whether layers are compiled.
+        recompute_every: every how many layers one is recomputed (0: none).
+        deepspeed: as in a recipe.
+        options: further options of a recipe.
+    """
+
+    train_type: str
+    num_samples: int = 16
+    num_micro_batches: int = 1
+    side: Literal["ours", "usual"] = "ours"
+    size: str = "published"
+    data: str = "captions"
+    compile: bool = False
+    recompute_every: int = 0
+    deepspeed: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Work:
+        """What our side does."""
+        return Work(
+            SIZES[self.size],
+            self.train_type,
+            self.num_samples,
+            self.num_micro_batches,
+            TEXT_TOKENS[self.data],
+            self.compile,
+            self.recompute_every,
+            self.deepspeed,
+            tuple(self.options.items()),
+        )
+
+    @property
+    def title(self) -> str:
+        """For the table."""
+        how = ["compiled"] * self.compile
+        if self.recompute_every:
+            how.append(f"1 of {self.recompute_every} layers recomputed")
+        how += [self.deepspeed] if self.deepspeed else []
+        how += [f"{key} {value}" for key, value in self.options.items()]
+        side = "llavaforge" if self.side == "ours" else "the usual way"
+        batch = f"{self.num_samples} x {self.num_micro_batches}"
+        return f"{self.train_type:<14}{self.data:<13}{batch:<8}{side}{', ' if how else ''}{', '.join(how)}"
+
+
+ROWS: tuple[Row, ...] = (
+    *(
+        row
+        for kind in ("projector", "use_lora")
+        for row in (
+            Row(kind, side="usual"),
+            Row(kind),
+            Row(kind, compile=True),
+            Row(kind, recompute_every=1),
+            Row(kind, compile=True, recompute_every=1),
+            Row(kind, compile=True, recompute_every=4),
+            Row(kind, compile=True, data="instructions"),
+        )
+    ),
+    Row("freeze_vision", 8, 4, side="usual"),
+    Row("freeze_vision", 8, 4),
+    Row("freeze_vision", 8, 8, compile=True),
+    Row("full", 8, 4),
+    Row("full", 8, 8, compile=True),
+    Row("full", 8, 4, recompute_every=1),
+    *(Row("full", 8, 4, compile=True, deepspeed=stage) for stage in ("zero1", "zero2")),
+    Row("full", 8, 4, deepspeed="zero3"),
+)

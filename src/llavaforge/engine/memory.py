@@ -1,0 +1,67 @@
+"""What each engine keeps on a device from step to step: weights, gradients, masters, moments, buffers.
+
+Arithmetic: read from `engine/plain.py` and from DeepSpeed 0.19.8 (`runtime/bf16_optimizer.py`, `runtime/engine.py`,
+`runtime/zero/stage_1_and_2.py`, `stage3.py`) with the shipped files, in bfloat16.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from llavaforge.engine.zero_config import offloads_optimizer, stage_of
+
+MAX_LIVE = 1_000_000_000
+"""DeepSpeed's default of `stage3_max_live_parameters`, which the shipped files leave as it is."""
+_BUCKET = 500_000_000  # `reduce_bucket_size` of the shipped ZeRO-2 files
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters: of the whole model, of what learns, of the largest tensor that learns."""
+
+    total: int
+    learning: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Counts":
+        """Count a model whose parameters are already frozen or free."""
+        learning = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        return cls(sum(parameter.numel() for parameter in model.parameters()), sum(learning), max(learning))
+
+
+def engine_name(settings: Mapping[str, Any] | None) -> str:
+    """Return how `engine_bytes` calls a run's engine, by its DeepSpeed settings."""
+    if settings is None:
+        return "plain"
+    return f"zero{stage_of(settings)}" + ("-offload" if offloads_optimizer(settings) else "")
+
+
+def engine_bytes(engine: str, counts: Counts, num_processes: int, weight_bytes: int = 2) -> float:
+    """Return the bytes that a process holds on its device at the worst moment, activations not counted.
+
+    plain: the weights; what learns: master 4, gradient 4, moments 8. In float32 a weight is its own master.
+    zero1: of what learns, every process keeps the gradient twice (bfloat16 of the micro-step, float32 of the step);
+        before the reduction, when the activations are gone, all of it is copied once more in float32 and once in
+        bfloat16. Masters and moments dealt. (On offloading, and in float32, it is ZeRO-2 with whole gradients.)
+    zero2: gradients dealt as well; two buckets of bfloat16 whatever the model's size (`overlap_comm`), a copy of one
+        to send, the largest gradient. Later AdamW makes one temporary tensor as large as a moment.
+    zero3: weights dealt as well, frozen ones too; up to `MAX_LIVE` of them are gathered.
+    offload: masters and moments on the host. ZeRO-2 accumulates its share of the gradient on the GPU.
+    """
+    learning, dealt = counts.learning, counts.learning / num_processes
+    whole, largest = float(weight_bytes) * counts.total, float(weight_bytes) * counts.largest
+    buckets = weight_bytes * (2.0 * _BUCKET + min(_BUCKET, learning)) + largest
+    gathered = float(weight_bytes) * min(MAX_LIVE, counts.total) + largest
+    own_master = 4 if weight_bytes < 4 else 0
+    return {
+        "plain": whole + (12 + own_master) * learning + largest,
+        "zero1": whole + 6 * learning + 12 * dealt + 6 * learning,
+        "zero2": whole + 16 * dealt + max(buckets, 4 * dealt),
+        "zero3": whole / num_processes + 16 * dealt + max(gathered, 4 * min(1e9, dealt)),
+        "zero1-offload": whole + 4 * learning + buckets + largest,
+        "zero2-offload": whole + 4 * dealt + buckets + largest,
+        "zero3-offload": whole / num_processes + gathered,
+    }[engine]

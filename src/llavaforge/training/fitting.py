@@ -1,0 +1,125 @@
+"""Making a run fit its device: how many tokens a micro-batch holds and how many layers are recomputed, before step 1.
+
+Comes in: options of which some say `auto`. Goes out: the same with numbers. The global batch, and so what is learnt,
+stays as it is. Total memory counts, not what is free now, so that every start of a run decides alike.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+from llavaforge.config.schema import TrainConfig
+from llavaforge.data.index.index import SampleIndex
+from llavaforge.data.order.mixture import Mixture
+from llavaforge.device import compute_dtype, total_memory
+from llavaforge.engine.memory import Counts, engine_bytes, engine_name
+from llavaforge.engine.zero_config import settings_of_run
+from llavaforge.model.load import LoadedModel
+from llavaforge.model.memory import Activations, activations
+from llavaforge.processes.world import World
+
+logger = logging.getLogger(__name__)
+
+# Of the device's memory. The forecast was 0 to 3 % above what an H200 took, with compiled layers up to 10 % (LOG.md);
+# beside it CUDA, NCCL and the gaps of the allocator take a share.
+_SHARE = 0.9
+_CHOICES = (0, 4, 2, 1)  # every how many layers one is recomputed, the fastest first
+# A card is busy from a few thousand tokens on; more than these gain nothing and cost memory.
+_FEW_TOKENS, _MANY_TOKENS = 8_192, 16_384
+_GRAIN = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the samples of a run are like.
+
+    Attributes:
+        longest: tokens of the longest.
+        mean: tokens of the mean one.
+        images_per_token: over all of them.
+        supervised_per_token: over all of them.
+    """
+
+    longest: int
+    mean: float
+    images_per_token: float
+    supervised_per_token: float
+
+    @classmethod
+    def of(cls, index: SampleIndex, mixture: Mixture) -> "Sizes":
+        """Measure the samples of a mixture."""
+        rows = mixture.all_rows
+        lengths = index.lengths[rows]
+        images, supervised = (
+            numbers[rows].sum() / lengths.sum() for numbers in (index.num_images, index.num_supervised)
+        )
+        return cls(int(lengths.max()), float(lengths.mean()), float(images), float(supervised))
+
+    def largest_pack(self, num_samples: int) -> int:
+        """Return the most tokens of a pack of so many samples: dealt by size, at most mean + longest (Graham 1969)."""
+        return int(min(num_samples * self.longest, num_samples * self.mean * 1.1 + self.longest))
+
+    def bytes(self, kept: Activations, num_tokens: int, recompute: int) -> float:
+        """Return what a pack of so many tokens takes."""
+        images, supervised = num_tokens * self.images_per_token, num_tokens * self.supervised_per_token
+        return kept.bytes(num_tokens, math.ceil(images), math.ceil(supervised), recompute)
+
+
+def fitted(config: TrainConfig, loaded: LoadedModel, sizes: Sizes, world: World) -> TrainConfig:
+    """Return the options with max_tokens_per_batch and gradient_checkpointing decided; all processes call it.
+
+    On a CPU nothing is recomputed unasked: its memory is the host's, and compiled layers gain more there.
+    """
+    if "auto" not in (config.gradient_checkpointing, config.max_tokens_per_batch):
+        return config
+    if world.device.type == "cpu":
+        tokens = max(_FEW_TOKENS, sizes.longest) if config.max_tokens_per_batch == "auto" else config.most_tokens
+        return _decided(config, tokens, config.recompute_every)
+    kept, budget = world.run_on_all(lambda: _kept_and_budget(config, loaded, world))
+    budget = -world.all_reduce_max([-budget])[0]  # of the smallest device: all do the same
+    tokens, recompute = decide(config, kept, budget, sizes)
+    needed = sizes.bytes(kept, tokens or sizes.largest_pack(config.max_samples_per_batch), recompute)
+    if world.is_writer:
+        level = logging.INFO if needed <= budget else logging.WARNING
+        layers = {0: "no layer", 1: "every layer"}.get(recompute, f"one of {recompute} layers")
+        told = "memory: the largest micro-batch takes an estimated %.1f GB of %.1f GB; %s is recomputed%s%s"
+        bound = f", max_tokens_per_batch is {tokens}" if config.max_tokens_per_batch == "auto" else ""
+        tight = "" if needed <= budget else ". It may not fit: see docs/scaling.md, `When it does not fit`"
+        logger.log(level, told, needed / 1e9, budget / 1e9, layers, bound, tight)
+    return _decided(config, tokens, recompute)
+
+
+def decide(config: TrainConfig, kept: Activations, budget: float, sizes: Sizes) -> tuple[int | None, int]:
+    """Choose the tokens of a micro-batch (None: no bound) and which layers are recomputed.
+
+    Args:
+        config: what it does not leave to `auto` stays.
+        kept: what a token takes.
+        budget: bytes that activations may take.
+        sizes: of the samples.
+    """
+    choices = _CHOICES if config.gradient_checkpointing == "auto" else (config.recompute_every,)
+    if config.max_tokens_per_batch != "auto":
+        most = config.most_tokens or sizes.largest_pack(config.max_samples_per_batch)
+        fitting = [one for one in choices if sizes.bytes(kept, most, one) <= budget]
+        return config.most_tokens, (fitting or [choices[-1]])[0]
+    enough = max(_FEW_TOKENS, sizes.longest)
+    tokens = 0
+    for recompute in choices:
+        tokens = next((n for n in range(_MANY_TOKENS, 0, -_GRAIN) if sizes.bytes(kept, n, recompute) <= budget), 0)
+        if tokens >= enough:
+            break
+    return max(tokens, sizes.longest), recompute
+
+
+def _kept_and_budget(config: TrainConfig, loaded: LoadedModel, world: World) -> tuple[Activations, float]:
+    dtype = compute_dtype(config.bf16)
+    settings = settings_of_run(config, None, world.size)
+    weights = engine_bytes(engine_name(settings), Counts.of(loaded.model), world.size, dtype.itemsize)
+    return activations(loaded.model.config, config, loaded.preprocessing, dtype), (
+        _SHARE * total_memory(world.device) - weights
+    )
+
+
+def _decided(config: TrainConfig, tokens: int | None, recompute: int) -> TrainConfig:
+    return config.model_copy(update={"max_tokens_per_batch": tokens, "gradient_checkpointing": recompute})
