@@ -137,7 +137,8 @@ class Soak:
             found = re.search(r"saved in \S*checkpoint-(\d+)", told) if event in SIGNALS else None
             flipped = self._damage(output_dir) == "flip in the newest checkpoint"
             saved = int(found[1]) if found and not flipped else None
-            most_lost = SAVE_STEPS * (3 if flipped else 1)  # the one before may be as old again
+            # After a flip the one before may be as old again; a start that got nowhere leaves it so to the next.
+            most_lost = max(SAVE_STEPS * (3 if flipped else 1), 0 if went_on is not None else most_lost)
 
     def _start(self, output_dir: Path, train_type: str, size: int, starved: bool) -> list["subprocess.Popen[str]"]:
         self.tally.starts += 1

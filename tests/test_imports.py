@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"checkpoint"},
     {"training", "inference", "data_check", "data_preview", "join", "sbatch"},
-    {"starter"},
+    {"starter", "machine"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -25,6 +25,7 @@ class Row:
         compile: whether layers are compiled.
         recompute_every: every how many layers one is recomputed (0: none).
         deepspeed: as in a recipe.
+        liger: whether liger's kernels are used where layers are not compiled.
         options: further options of a recipe.
     """
 
@@ -37,6 +38,7 @@ class Row:
     compile: bool = False
     recompute_every: int = 0
     deepspeed: str | None = None
+    liger: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,6 +53,7 @@ class Row:
             self.compile,
             self.recompute_every,
             self.deepspeed,
+            self.liger,
             tuple(self.options.items()),
         )
 
@@ -60,6 +63,7 @@ class Row:
         how = ["compiled"] * self.compile
         if self.recompute_every:
             how.append(f"1 of {self.recompute_every} layers recomputed")
+        how += ["liger"] * self.liger
         how += [self.deepspeed] if self.deepspeed else []
         how += [f"{key} {value}" for key, value in self.options.items()]
         side = "llavaforge" if self.side == "ours" else "the usual way"
@@ -68,25 +72,24 @@ class Row:
 
 
 ROWS: tuple[Row, ...] = (
-    *(
-        row
-        for kind in ("projector", "use_lora")
-        for row in (
-            Row(kind, side="usual"),
-            Row(kind),
-            Row(kind, compile=True),
-            Row(kind, recompute_every=1),
-            Row(kind, compile=True, recompute_every=1),
-            Row(kind, compile=True, recompute_every=4),
-            Row(kind, compile=True, data="instructions"),
-        )
-    ),
-    Row("freeze_vision", 8, 4, side="usual"),
-    Row("freeze_vision", 8, 4),
-    Row("freeze_vision", 8, 8, compile=True),
-    Row("full", 8, 4),
-    Row("full", 8, 8, compile=True),
-    Row("full", 8, 4, recompute_every=1),
-    *(Row("full", 8, 4, compile=True, deepspeed=stage) for stage in ("zero1", "zero2")),
-    Row("full", 8, 4, deepspeed="zero3"),
+    Row("projector", side="usual"),
+    Row("projector"),
+    Row("projector", compile=True),
+    Row("projector", liger=True),
+    Row("projector", compile=True, recompute_every=1),
+    Row("projector", compile=True, recompute_every=4),
+    Row("use_lora", side="usual", data="instructions"),
+    Row("use_lora", data="instructions"),
+    Row("use_lora", compile=True, data="instructions"),
+    Row("use_lora", compile=True, recompute_every=1, data="instructions"),
+    Row("freeze_vision", 8, 4, side="usual", data="instructions"),
+    Row("freeze_vision", 8, 4, data="instructions"),
+    Row("freeze_vision", 12, 4, compile=True, data="instructions"),
+    Row("full", 12, 4, compile=True, data="instructions"),
+    Row("full", 12, 4, compile=True, data="instructions", options={"optim": "adamw_8bit"}),
+    Row("full", 8, 4, compile=True, data="instructions", deepspeed="zero2"),
+    Row("full", 8, 4, data="instructions", deepspeed="zero3"),
+    Row("full", 8, 4, data="instructions", deepspeed="zero3", liger=True),
+    Row("projector", 16, compile=True, data="instructions"),
+    Row("use_lora", 16, compile=True),
 )

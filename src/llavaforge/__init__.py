@@ -389,6 +389,7 @@ def train(
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.999,
     adam_epsilon: float = 1e-08,
+    optim: Literal["adamw", "adamw_8bit"] = "adamw",
     max_grad_norm: float = 1.0,
     bf16: bool | Literal["auto"] = "auto",
     gradient_checkpointing: bool | int | Literal["auto"] = "auto",
@@ -467,6 +468,8 @@ def train(
         adam_beta1: AdamW's first decay.
         adam_beta2: AdamW's second decay.
         adam_epsilon: AdamW's epsilon.
+        optim: `adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B
+            model fits one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`.
         max_grad_norm: Clip the gradient to this norm (0: no clipping).
         bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
         gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,

@@ -324,6 +324,9 @@ class TrainConfig(DataOptions):
     """AdamW's second decay."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B model fits
+    one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient to this norm (0: no clipping)."""
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.pack import Pack
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group
@@ -17,12 +18,22 @@ from llavaforge.processes.world import World
 
 @dataclass(frozen=True)
 class AdamWOptions:
-    """AdamW's numbers (Loshchilov & Hutter 2019, arXiv:1711.05101) and the clipping norm (0: none)."""
+    """AdamW's numbers (Loshchilov & Hutter 2019, arXiv:1711.05101) and the clipping norm (0: none).
+
+    With `moments_in_8_bits` the moments are stored in blocks of 8-bit numbers (Dettmers et al. 2022, arXiv:2110.02861).
+    """
 
     beta1: float
     beta2: float
     epsilon: float
     max_grad_norm: float
+    moments_in_8_bits: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "AdamWOptions":
+        """Read them from a run's options."""
+        betas = config.adam_beta1, config.adam_beta2
+        return cls(*betas, config.adam_epsilon, config.max_grad_norm, config.optim == "adamw_8bit")
 
     @property
     def betas(self) -> tuple[float, float]:

@@ -39,10 +39,12 @@ def engine_name(settings: Mapping[str, Any] | None) -> str:
     return f"zero{stage_of(settings)}" + ("-offload" if offloads_optimizer(settings) else "")
 
 
-def engine_bytes(engine: str, counts: Counts, num_processes: int, weight_bytes: int = 2) -> float:
+def engine_bytes(
+    engine: str, counts: Counts, num_processes: int, weight_bytes: int = 2, moments_in_8_bits: bool = False
+) -> float:
     """Return the bytes that a process holds on its device at the worst moment, activations not counted.
 
-    plain: the weights; what learns: master 4, gradient 4, moments 8. In float32 a weight is its own master.
+    plain: the weights; what learns: master 4 (in float32 a weight is its own), gradient 4, moments 8, in 8 bits 2.
     zero1: of what learns, every process keeps the gradient twice (bfloat16 of the micro-step, float32 of the step);
         before the reduction, when the activations are gone, all of it is copied once more in float32 and once in
         bfloat16. Masters and moments dealt. (On offloading, and in float32, it is ZeRO-2 with whole gradients.)
@@ -55,9 +57,9 @@ def engine_bytes(engine: str, counts: Counts, num_processes: int, weight_bytes: 
     whole, largest = float(weight_bytes) * counts.total, float(weight_bytes) * counts.largest
     buckets = weight_bytes * (2.0 * _BUCKET + min(_BUCKET, learning)) + largest
     gathered = float(weight_bytes) * min(MAX_LIVE, counts.total) + largest
-    own_master = 4 if weight_bytes < 4 else 0
+    plain = 4 + (4 if weight_bytes < 4 else 0) + (2 if moments_in_8_bits else 8)
     return {
-        "plain": whole + (12 + own_master) * learning + largest,
+        "plain": whole + plain * learning + largest,
         "zero1": whole + 6 * learning + 12 * dealt + 6 * learning,
         "zero2": whole + 16 * dealt + max(buckets, 4 * dealt),
         "zero3": whole / num_processes + 16 * dealt + max(gathered, 4 * min(1e9, dealt)),

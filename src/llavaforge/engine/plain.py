@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,16 +43,18 @@ class PlainEngine:
         self._module.train()
         self._clip = options.max_grad_norm
         self._rates = [group.learning_rate for group in groups]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": [self._masters[name] for name in group.parameters], "weight_decay": group.weight_decay}
-                for group in groups
-            ],
-            lr=0.0,
-            betas=options.betas,
-            eps=options.epsilon,
-            fused=True,
-        )
+        parameters: list[dict[str, Any]] = [
+            {"params": [self._masters[name] for name in group.parameters], "weight_decay": group.weight_decay}
+            for group in groups
+        ]
+        numbers: dict[str, Any] = dict(lr=0.0, betas=options.betas, eps=options.epsilon)
+        if options.moments_in_8_bits:
+            from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+
+            self._optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **numbers)
+        else:
+            self._optimizer = torch.optim.AdamW(parameters, **numbers, fused=True)
+        self._moments_in_8_bits = options.moments_in_8_bits
 
     def restore(self, states: Mapping[str, ParameterState], num_steps: int) -> None:
         """See `Engine.restore`."""
@@ -59,10 +62,9 @@ class PlainEngine:
             master = self._masters[name]
             master.data.copy_(state.weight)
             self._optimizer.state[master] = {
-                "step": torch.tensor(float(num_steps), device=self.device),
-                # Copies: what was read may be mapped from a file that is going to be removed.
-                "exp_avg": state.exp_avg.to(self.device, copy=True),
-                "exp_avg_sq": state.exp_avg_sq.to(self.device, copy=True),
+                "step": torch.tensor(float(num_steps), device="cpu" if self._moments_in_8_bits else self.device),
+                "exp_avg": self._moment(master, state.exp_avg, signed=True),
+                "exp_avg_sq": self._moment(master, state.exp_avg_sq, signed=False),
             }
         self._publish_masters()
 
@@ -81,7 +83,10 @@ class PlainEngine:
             self._optimizer.zero_grad()
             return StepResult(norm, skipped=True)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * rate_factor
+            if self._moments_in_8_bits:
+                group["lr"].fill_(rate * rate_factor)
+            else:
+                group["lr"] = rate * rate_factor
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._publish_masters()
@@ -115,7 +120,7 @@ class PlainEngine:
             moments = self._optimizer.state.get(master, {})
             zeros = torch.zeros_like(master, device="cpu")
             state = (master, moments.get("exp_avg", zeros), moments.get("exp_avg_sq", zeros))
-            yield name, ParameterState(*(tensor.detach().to("cpu", copy=True) for tensor in state))
+            yield name, ParameterState(*(_whole(tensor.detach()).to("cpu", copy=True) for tensor in state))
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
@@ -136,11 +141,24 @@ class PlainEngine:
         parameter.register_post_accumulate_grad_hook(collect)
         return master
 
+    def _moment(self, master: nn.Parameter, saved: torch.Tensor, signed: bool) -> torch.Tensor:
+        """Return a saved moment as the optimizer keeps it."""
+        if self._moments_in_8_bits:
+            buffer: torch.Tensor = self._optimizer._new_buffer(master, signed)  # type: ignore[attr-defined]
+            return buffer.copy_(saved)
+        return saved.to(self.device, copy=True)  # it may be mapped from a file that is going to be removed
+
     @torch.no_grad()
     def _publish_masters(self) -> None:
         for name, parameter in self._parameters.items():
             if parameter is not self._masters[name]:
                 parameter.copy_(self._masters[name])
+
+
+def _whole(moment: torch.Tensor) -> torch.Tensor:
+    """Return a moment in float32; from 8 bits and back it stays the same: a block's scale is its largest number."""
+    whole: torch.Tensor = moment.dequantize() if hasattr(moment, "codes") else moment
+    return whole
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -5,6 +5,7 @@ Comes in: `--deepspeed` and the values that the recipe decides. Goes out: the di
 A setting that would have no effect is an error: what a file says must be what happens.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -98,12 +99,24 @@ def settings_of_run(config: TrainConfig, global_batch_size: int | None, num_proc
     Raises:
         UserError: as `build_settings` and `check_installed`.
     """
+    if config.optim == "adamw_8bit":
+        _check_8_bits(config, num_processes)
     if num_processes == 1 and config.deepspeed is None:
         return None
     hidden_size = int(read_config(find_model_folder(config.model_name_or_path)).get_text_config().hidden_size)
     settings = build_settings(config.deepspeed, decided(config, global_batch_size, num_processes), hidden_size)
     check_installed(settings)
     return settings
+
+
+def _check_8_bits(config: TrainConfig, num_processes: int) -> None:
+    if num_processes > 1 or config.deepspeed is not None:
+        raise UserError(
+            "optim: adamw_8bit works in a single process without DeepSpeed; under ZeRO the moments are divided among "
+            "the processes already. Give optim: adamw."
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError("optim: adamw_8bit needs torchao: pip install 'llavaforge[8bit]'.")
 
 
 def decided(config: TrainConfig, global_batch_size: int | None, num_processes: int) -> dict[str, Any]:

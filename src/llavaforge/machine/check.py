@@ -4,6 +4,7 @@ Comes in: the options. Goes out: facts, one line per check, one JSON. Under torc
 its own device, then all of them together.
 """
 
+import gc
 import importlib.util
 import logging
 import os
@@ -14,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +35,7 @@ from llavaforge.machine.proofs import (
 from llavaforge.machine.random_model import PUBLISHED, REPLICA, random_model, train_options
 from llavaforge.machine.speed import Work, measure
 from llavaforge.model.trainable import set_trainable
+from llavaforge.processes.bandwidth import sent_bytes_per_s
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
 from llavaforge.results import EnvResult
@@ -97,7 +98,7 @@ def _checks(world: World, has_deepspeed: bool) -> Iterator[Check]:
         )
     yield "copies", partial(_copies, device)
     if world.size > 1:
-        yield "all-reduce", partial(_all_reduce, world)
+        yield "all-reduce", partial(_all_reduce, device)
     for work in _works(world):
         yield _title(work), partial(_speed, work, world)
 
@@ -128,6 +129,8 @@ def _title(work: Work) -> str:
 
 def _speed(work: Work, world: World) -> Figures:
     speed = measure(work, world)
+    gc.collect()
+    torch._dynamo.reset()  # compiled graphs hold the weights of the model before
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     figures = {name: value for name, value in asdict(speed).items() if name not in ("loss", "forecast_bytes")}
@@ -150,11 +153,8 @@ def _copies(device: torch.device) -> Figures:
     return figures
 
 
-def _all_reduce(world: World) -> Figures:
-    """Return the rate at which a process sends, as a ring all-reduce does: 2 (N-1)/N of the tensor."""
-    tensor = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=world.device)
-    share = 2 * (world.size - 1) / world.size
-    return {"sent_gb_per_s": share * _rate(world.device, lambda: dist.all_reduce(tensor))}
+def _all_reduce(device: torch.device) -> Figures:
+    return {"sent_gb_per_s": sent_bytes_per_s(device) / 1e9}
 
 
 def _rate(device: torch.device, copy: Callable[[], Any]) -> float:

@@ -26,6 +26,7 @@ from llavaforge.machine.random_model import (
 )
 from llavaforge.model.compile import compile_layers
 from llavaforge.model.flops import FlopCounter
+from llavaforge.model.liger import use_liger
 from llavaforge.model.memory import activations
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import parameter_groups
@@ -48,6 +49,7 @@ class Work:
         compile: whether the layers are compiled.
         recompute_every: every how many layers one is recomputed (0: none).
         deepspeed: as in a recipe.
+        liger: whether liger's kernels are used where layers are not compiled.
         options: further options of a recipe, such as `lora_r`.
     """
 
@@ -59,6 +61,7 @@ class Work:
     compile: bool = False
     recompute_every: int = 0
     deepspeed: str | None = None
+    liger: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -102,8 +105,10 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
     module = StepModule(model, preprocessing(size), work.recompute_every)
     if work.compile:
         compile_layers(model)
+    elif work.liger:
+        use_liger(model)
     engine = open_engine(world, settings)
-    options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
+    options = AdamWOptions.of(config)
     engine.prepare(module, groups, options, dtype)
     number = max(_NUM_DRAWN, work.num_micro_batches)
     drawn = list(random_packs(size, number, work.num_samples, work.text_tokens, world.rank))
@@ -125,9 +130,9 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
     step_s = statistics.median(seconds[num_warmup:])
     done = sum(flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs) / number
     peak = peak_flops(world.device, dtype)
-    forecast = engine_bytes(engine_name(settings), counts, world.size, dtype.itemsize) + activations(
-        llava_config(size), config, preprocessing(size), dtype
-    ).bytes(
+    name, kept = engine_name(settings), activations(llava_config(size), config, preprocessing(size), dtype)
+    held = engine_bytes(name, counts, world.size, dtype.itemsize, options.moments_in_8_bits)
+    forecast = held + kept.bytes(
         max(pack.num_tokens for pack in packs),
         work.num_samples,
         max(pack.num_supervised for pack in packs),

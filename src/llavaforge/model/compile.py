@@ -68,6 +68,7 @@ def compile_layers(model: Any, must: bool = True, backend: str | Callable[..., A
         must: a layer that does not compile is an error; else it runs as it is, with a warning of torch's.
         backend: torch.compile's.
     """
+    torch._dynamo.reset()  # graphs of an earlier stage's model: they count towards the bound, and hold its weights
     torch._dynamo.config.suppress_errors = not must
     tower = vision_backbone(model)
     for layer in (*model.model.language_model.layers, *tower.encoder.layers[: num_layers_used(model.config)]):

@@ -39,8 +39,11 @@ class LoraLinear(Linear):
         rows = x.flatten(0, -2)
         result = self.base_layer(rows)
         inner = a(self.lora_dropout[_ADAPTER](rows)) * self.scaling[_ADAPTER]
-        # ZeRO-3 gathers a module's weights when the module is called, and not else.
-        result = result + b(inner) if hasattr(b.weight, "ds_id") else result.addmm_(inner, b.weight.t())
+        # A compiled sum is fused with what follows; ZeRO-3 gathers a module's weights only when the module is called.
+        if torch.compiler.is_compiling() or hasattr(b.weight, "ds_id"):
+            result = result + b(inner)
+        else:
+            result = result.addmm_(inner, b.weight.t())
         return result.unflatten(0, x.shape[:-1])
 
 

@@ -115,7 +115,9 @@ def decide(config: TrainConfig, kept: Activations, budget: float, sizes: Sizes) 
 def _kept_and_budget(config: TrainConfig, loaded: LoadedModel, world: World) -> tuple[Activations, float]:
     dtype = compute_dtype(config.bf16)
     settings = settings_of_run(config, None, world.size)
-    weights = engine_bytes(engine_name(settings), Counts.of(loaded.model), world.size, dtype.itemsize)
+    weights = engine_bytes(
+        engine_name(settings), Counts.of(loaded.model), world.size, dtype.itemsize, config.optim == "adamw_8bit"
+    )
     return activations(loaded.model.config, config, loaded.preprocessing, dtype), (
         _SHARE * total_memory(world.device) - weights
     )

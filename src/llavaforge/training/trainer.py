@@ -18,6 +18,7 @@ from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions, Engine, StepResult
 from llavaforge.errors import UserError, is_out_of_memory
 from llavaforge.model.compile import compile_layers, compiles
+from llavaforge.model.liger import has_liger, use_liger
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import learning_rate
 from llavaforge.progress import Bar
@@ -50,7 +51,9 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     if world.run_on_all(lambda: _compiles(opened, engine)):
         compile_layers(loaded.model, must=config.compile is True)
         logger.info("layers are compiled: the first step takes up to some minutes")
-    options = AdamWOptions(config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm)
+    elif has_liger(world.device):
+        logger.info("%d norms and MLPs use liger's kernels", use_liger(loaded.model))
+    options = AdamWOptions.of(config)
     engine.prepare(step_module, opened.groups, options, compute_dtype(config.bf16))
     world.at("looking for a checkpoint")
     asked, allowed = config.resume_from_checkpoint, config.allow_changes
