@@ -31,7 +31,7 @@ def test_every_verb_has_a_public_function() -> None:
     names = {function.__name__ for function in FUNCTIONS.values()}
     assert names == {
         "quickstart", "customize_model", "check", "preview", "make_shapes",
-        "train", "evaluate", "chat", "export", "slurm",
+        "train", "evaluate", "chat", "export", "env", "slurm",
     }  # fmt: skip
     assert names <= set(llavaforge.__all__)
     modules = {path.stem for path in (SRC / "llavaforge").iterdir()}
@@ -66,7 +66,7 @@ def test_types_are_what_a_caller_may_give() -> None:
         "train_type": Literal["full", "freeze_vision", "use_lora", "projector"],
         "num_train_epochs": float,
         "warmup_steps": int | None,
-        "gradient_checkpointing": bool,
+        "gradient_checkpointing": bool | int | Literal["auto"],
         "bf16": bool | Literal["auto"],
         "resume_from_checkpoint": Literal["auto"] | str | Path,
         "return": llavaforge.TrainResult,

@@ -82,14 +82,20 @@ def test_loss_equals_plain_transformers_with_labels(loaded: LoadedModel, shapes:
         assert (module(pack) / pack.num_supervised).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(loaded: LoadedModel, shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every", "num_again"), [(1, 2), (2, 1)])
+def test_gradient_checkpointing_changes_nothing(
+    every: int, num_again: int, loaded: LoadedModel, shapes: Path, tmp_path: Path
+) -> None:
     _, dataset = open_packs(loaded, train_config(loaded.path, shapes / "train", tmp_path))
     pack = pack_of(dataset, 0, 1, 2)
     loaded.model.train()
     loaded.model.model.vision_tower.requires_grad_(False)
     StepModule(loaded.model, loaded.preprocessing)(pack).backward()
     without = gradients(loaded.model)
-    StepModule(loaded.model, loaded.preprocessing, recompute_every=1)(pack).backward()
+    module = StepModule(loaded.model, loaded.preprocessing, every)
+    layers = loaded.model.model.language_model.layers
+    assert sum(layer.gradient_checkpointing for layer in layers) == num_again and len(layers) == 2
+    module(pack).backward()
     assert_close_gradients(without, gradients(loaded.model))
 
 

@@ -181,7 +181,7 @@ def _outcome(name: str, check: Callable[[], Figures], world: World) -> dict[str,
     try:
         figures = check()
     except Exception as error:  # whatever a machine may do
-        failed = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {reason(error)}"
+        failed = "out of memory" if is_out_of_memory(error) else reason(error)
         logger.debug("%s", name, exc_info=error)
     seconds = round(time.perf_counter() - begin, 2)
     failures = [f"process {rank}: {told}" for rank, told in enumerate(world.all_gather_objects(failed)) if told]

@@ -16,6 +16,7 @@ from llavaforge.engine.zero_config import build_settings, decided
 from llavaforge.machine.random_model import TINY, preprocessing, random_model, random_packs, train_options
 from llavaforge.model.attention import Borders, packed_attention
 from llavaforge.model.compile import compile_layers
+from llavaforge.model.liger import use_liger
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import parameter_groups
 from llavaforge.processes.world import World
@@ -91,11 +92,14 @@ def _exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return torch.cat(outputs, 1).transpose(0, 1).unsqueeze(0)
 
 
-def prove_train_type(device: torch.device, train_type: str, dtype: torch.dtype, compile: bool = False) -> Figures:
-    """Compare some steps with the same in float32 on the CPU: the losses, and in float32 the weights too."""
+def prove_train_type(device: torch.device, train_type: str, dtype: torch.dtype, **how: Any) -> Figures:
+    """Compare some steps with the same in float32 on the CPU: the losses, and the way that the weights took.
+
+    `how` is as in a recipe: compile, liger, recompute_every.
+    """
     cpu = World(device=torch.device("cpu"))
     _, start = _trained(cpu, train_type, torch.float32, num_steps=0)
-    losses, engine = _trained(World(device=device), train_type, dtype, compile=compile)
+    losses, engine = _trained(World(device=device), train_type, dtype, **how)
     expected, reference = _trained(cpu, train_type, torch.float32)
     error = _error(torch.tensor(losses), torch.tensor(expected))
     _bound(error, dtype, f"the losses of {train_type}")
@@ -150,6 +154,8 @@ def _trained(
     settings: dict[str, Any] | None = None,
     num_packs: int = 1,
     compile: bool = False,
+    liger: bool = False,
+    recompute_every: int = 0,
 ) -> tuple[list[float], Engine]:
     """Train the tiny model and return the losses and the engine; the CPU draws the weights, so that all are the same.
 
@@ -158,9 +164,11 @@ def _trained(
     config = train_options(train_type, learning_rate=_RATE, projector_learning_rate=_RATE, lora_r=8)
     model = random_model(TINY, torch.device("cpu"), torch.float32)
     groups = parameter_groups(model, config)
-    module = StepModule(model, preprocessing(TINY))
+    module = StepModule(model, preprocessing(TINY), recompute_every)
     if compile:
         compile_layers(model)
+    if liger:
+        use_liger(model)
     engine = open_engine(world, settings)
     engine.prepare(module, groups, AdamWOptions(0.9, 0.999, 1e-8, 1.0), dtype)
     if state is not None:
