@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check bench bench-data bench-scaling faults soak
+.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling faults soak
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -22,7 +22,7 @@ test: .venv/installed
 .venv-lowest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
-		'torch==2.12.0' 'transformers==5.23.0' 'peft==0.21.0'
+		'torch==2.11.0' 'transformers==5.23.0' 'peft==0.21.0'
 	touch $@
 
 test-lowest: .venv-lowest/installed
@@ -35,6 +35,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench.race
+
+bench-gpu: .venv/installed
+	$(BIN)/python -m bench.gpu
 
 bench-data: .venv/installed
 	$(BIN)/python -m bench.data

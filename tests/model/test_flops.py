@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llavaforge.config.schema import TrainConfig
@@ -75,8 +75,10 @@ def counted(model: Any, pack: Pack) -> int:
     steps = Preprocessing(None, (SIDE, SIDE), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
     module = StepModule(model, steps)
     module.train()
-    # Only the math kernel's products are seen one by one; torch has no formula for the CPU's flash kernel.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as mode:
+    # Only the math kernel's products are seen one by one; torch has no formula for the CPU's flash kernel, nor for a
+    # product that is added in place.
+    in_place: Any = {torch.ops.aten.addmm_: addmm_flop}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as mode:
         module(pack).backward()
     return mode.get_total_flops()
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import varlen
 
+from llavaforge.model import attention
+
 
 def register() -> None:
     varlen._varlen_attn.register_kernel("cpu", _forward)
@@ -50,7 +52,7 @@ def _forward(
     _check(query, key, value, borders, longest)
     assert borders is borders_k and longest == longest_k and seqused_k is block_table is num_splits is None
     assert window_size is not None and window_size[1] == 0 and is_causal == (window_size == [-1, 0])
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert not attention._NAMES_GQA or enable_gqa == (query.shape[1] != key.shape[1])
     output = torch.empty_like(query)
     for place, _, _, v, weights in _samples(query, key, value, borders, scale, window_size[0]):
         output[place] = (weights @ v).transpose(0, 1)

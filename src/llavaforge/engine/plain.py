@@ -16,6 +16,7 @@ from torch import nn
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
+from llavaforge.engine.moments import fill, to_float
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group, cast_parameters
 from llavaforge.processes.world import World
@@ -120,7 +121,7 @@ class PlainEngine:
             moments = self._optimizer.state.get(master, {})
             zeros = torch.zeros_like(master, device="cpu")
             state = (master, moments.get("exp_avg", zeros), moments.get("exp_avg_sq", zeros))
-            yield name, ParameterState(*(_whole(tensor.detach()).to("cpu", copy=True) for tensor in state))
+            yield name, ParameterState(*(to_float(tensor.detach()).to("cpu", copy=True) for tensor in state))
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
@@ -145,7 +146,8 @@ class PlainEngine:
         """Return a saved moment as the optimizer keeps it."""
         if self._moments_in_8_bits:
             buffer: torch.Tensor = self._optimizer._new_buffer(master, signed)  # type: ignore[attr-defined]
-            return buffer.copy_(saved)
+            fill(buffer, saved)
+            return buffer
         return saved.to(self.device, copy=True)  # it may be mapped from a file that is going to be removed
 
     @torch.no_grad()
@@ -153,12 +155,6 @@ class PlainEngine:
         for name, parameter in self._parameters.items():
             if parameter is not self._masters[name]:
                 parameter.copy_(self._masters[name])
-
-
-def _whole(moment: torch.Tensor) -> torch.Tensor:
-    """Return a moment in float32; from 8 bits and back it stays the same: a block's scale is its largest number."""
-    whole: torch.Tensor = moment.dequantize() if hasattr(moment, "codes") else moment
-    return whole
 
 
 def peak_memory_bytes(device: torch.device) -> int:

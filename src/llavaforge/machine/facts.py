@@ -38,7 +38,7 @@ def machine_facts() -> dict[str, Any]:
         "llavaforge": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {**{name: _version(name) for name in LIBRARIES}, "torch": torch.__version__},
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -88,7 +88,7 @@ def _device(number: int) -> dict[str, Any]:
 def _driver() -> str | None:
     """Return the version of NVIDIA's kernel module."""
     file = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module\D*([\d.]+)", file.read_text()) if file.is_file() else None
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", file.read_text()) if file.is_file() else None
     return found[1] if found else None
 
 

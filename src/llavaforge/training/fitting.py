@@ -20,7 +20,7 @@ from llavaforge.processes.world import World
 
 logger = logging.getLogger(__name__)
 
-# Of the device's memory. The forecast was 0 to 3 % above what an H200 took, with compiled layers up to 10 % (LOG.md);
+# Of the device's memory. The forecast was 1 to 4 % above what an H200 took, with compiled layers up to 11 % (LOG.md);
 # beside it CUDA, NCCL and the gaps of the allocator take a share.
 _SHARE = 0.9
 _CHOICES = (0, 4, 2, 1)  # every how many layers one is recomputed, the fastest first
@@ -84,7 +84,7 @@ def fitted(config: TrainConfig, loaded: LoadedModel, sizes: Sizes, world: World)
         layers = {0: "no layer", 1: "every layer"}.get(recompute, f"one of {recompute} layers")
         told = "memory: the largest micro-batch takes an estimated %.1f GB of %.1f GB; %s is recomputed%s%s"
         bound = f", max_tokens_per_batch is {tokens}" if config.max_tokens_per_batch == "auto" else ""
-        tight = "" if needed <= budget else ". It may not fit: see docs/scaling.md, `When it does not fit`"
+        tight = "" if needed <= budget else ". It may not fit: see `Memory` in docs/training.md"
         logger.log(level, told, needed / 1e9, budget / 1e9, layers, bound, tight)
     return _decided(config, tokens, recompute)
 

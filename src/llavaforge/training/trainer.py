@@ -51,7 +51,7 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
     if world.run_on_all(lambda: _compiles(opened, engine)):
         compile_layers(loaded.model, must=config.compile is True)
         logger.info("layers are compiled: the first step takes up to some minutes")
-    elif has_liger(world.device):
+    elif engine.has_whole_weights and has_liger(world.device):  # under ZeRO-3 they gained nothing (LOG.md)
         logger.info("%d norms and MLPs use liger's kernels", use_liger(loaded.model))
     options = AdamWOptions.of(config)
     engine.prepare(step_module, opened.groups, options, compute_dtype(config.bf16))
