@@ -246,8 +246,8 @@ def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.Argument
         text = f"{info.description or ''}{default}".replace("%", "%%")
         if field == "recipe":  # read, not merged with the flags
             parser.add_argument(field, help=text)
-        elif info.annotation is bool:
-            parser.add_argument(f"--{field}", nargs="?", const=True, metavar="true|false", help=text)
+        elif info.annotation is bool or bool in typing.get_args(info.annotation):
+            parser.add_argument(f"--{field}", nargs="?", const=True, metavar=_metavar(info.annotation), help=text)
         elif str(info.annotation).startswith("list"):
             parser.add_argument(f"--{field}", nargs="+", metavar="NAME", help=text)
         else:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaConfig
 
+import tiny_parts
 from llavaforge.engine.memory import Counts, engine_bytes
 from llavaforge.machine.random_model import (
     PUBLISHED,
@@ -70,3 +72,17 @@ def test_what_learns_is_kept_for() -> None:
 def test_moments_in_8_bits_take_a_quarter() -> None:
     counts = Counts(4_000_000_000, 4_000_000_000, 0)
     assert engine_bytes("plain", counts, 1) - engine_bytes("plain", counts, 1, moments_in_8_bits=True) == 6 * 4e9
+
+
+@pytest.mark.parametrize("family", sorted(tiny_parts.FAMILIES.keys() - {"gemma2"}))  # refused: soft-capped scores
+@pytest.mark.parametrize("kind", ["use_lora", "full"])
+def test_every_family_is_forecast(family: str, kind: str) -> None:
+    """More tokens and a learning tower keep more, whatever computes them."""
+    config_class, settings = tiny_parts.FAMILIES[family]
+    text = config_class(**{**tiny_parts._SIZES, **settings})
+    vision = llava_config(TINY).vision_config
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1)
+    kept = activations(config, train_options(kind, lora_r=4), preprocessing(TINY), torch.float32)
+    width = text.hidden_size
+    assert 4 * width * 5 < kept.layer_per_token < 4 * width * 200
+    assert kept.num_layers == text.num_hidden_layers and kept.per_image > 0

@@ -82,6 +82,8 @@ def is_compiled(model: Any) -> bool:
 
 def missing_for_compile(device: torch.device) -> str:
     """Return what a compiled layer needs and is not there; empty when all is."""
+    if device.type == "cpu" and torch.__version__ < "2.12":  # it compiles the layers anew for nearly every pack
+        return "torch before 2.12 on a CPU"
     compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     if not any(name and shutil.which(name) for name in compilers):
         return "a machine without a C++ compiler: install one (Debian: g++), or name it in CXX"

@@ -14,6 +14,7 @@ from llavaforge.data.order.mixture import Mixture
 from llavaforge.device import compute_dtype, total_memory
 from llavaforge.engine.memory import Counts, engine_bytes, engine_name
 from llavaforge.engine.zero_config import settings_of_run
+from llavaforge.errors import reason
 from llavaforge.model.load import LoadedModel
 from llavaforge.model.memory import Activations, activations
 from llavaforge.processes.world import World
@@ -76,6 +77,8 @@ def fitted(config: TrainConfig, loaded: LoadedModel, sizes: Sizes, world: World)
         tokens = max(_FEW_TOKENS, sizes.longest) if config.max_tokens_per_batch == "auto" else config.most_tokens
         return _decided(config, tokens, config.recompute_every)
     kept, budget = world.run_on_all(lambda: _kept_and_budget(config, loaded, world))
+    if kept is None:
+        return _decided(config, sizes.longest if config.max_tokens_per_batch == "auto" else config.most_tokens, 1)
     budget = -world.all_reduce_max([-budget])[0]  # of the smallest device: all do the same
     tokens, recompute = decide(config, kept, budget, sizes)
     needed = sizes.bytes(kept, tokens or sizes.largest_pack(config.max_samples_per_batch), recompute)
@@ -112,15 +115,18 @@ def decide(config: TrainConfig, kept: Activations, budget: float, sizes: Sizes) 
     return max(tokens, sizes.longest), recompute
 
 
-def _kept_and_budget(config: TrainConfig, loaded: LoadedModel, world: World) -> tuple[Activations, float]:
-    dtype = compute_dtype(config.bf16)
-    settings = settings_of_run(config, None, world.size)
-    weights = engine_bytes(
-        engine_name(settings), Counts.of(loaded.model), world.size, dtype.itemsize, config.optim == "adamw_8bit"
-    )
-    return activations(loaded.model.config, config, loaded.preprocessing, dtype), (
-        _SHARE * total_memory(world.device) - weights
-    )
+def _kept_and_budget(config: TrainConfig, loaded: LoadedModel, world: World) -> tuple[Activations | None, float]:
+    """Return what a token takes and what is there for it; nothing of a model whose shapes alone do not compute."""
+    dtype, settings = compute_dtype(config.bf16), settings_of_run(config, None, world.size)
+    counts, in_8_bits = Counts.of(loaded.model), config.optim == "adamw_8bit"
+    weights = engine_bytes(engine_name(settings), counts, world.size, dtype.itemsize, in_8_bits)
+    budget = _SHARE * total_memory(world.device) - weights
+    try:
+        return activations(loaded.model.config, config, loaded.preprocessing, dtype), budget
+    except (NotImplementedError, RuntimeError) as error:  # an operation that torch does not know on `meta`
+        told = "memory is not forecast for this model (%s), so every layer is recomputed: see gradient_checkpointing"
+        logger.warning(told, reason(error))
+        return None, budget
 
 
 def _decided(config: TrainConfig, tokens: int | None, recompute: int) -> TrainConfig:
