@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llavaforge.cli import main
 
@@ -241,3 +242,18 @@ def test_flags_override_every_stage_of_a_recipe(tmp_path: Path) -> None:
     smaller = training_stages(parse("train", [str(recipe), "--global-batch-size", "4"]))  # type: ignore[arg-type]
     assert [stage.global_batch_size for stage in plain] == [256, 128]
     assert [(stage.train_type, stage.global_batch_size) for stage in smaller] == [("projector", 4), ("use_lora", 4)]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ("data: []", "`data` is an empty list: name a data set in it"),
+        ("data: [{path: ''}]", "data, entry 1: `path` = '': is empty: name a file or folder"),
+        ("{data_path: d, output_dir: ''}", "`output_dir` = '': is empty"),
+        ("{data_path: d, gradient_checkpointing: often}", "`gradient_checkpointing` = 'often'"),
+    ],
+)
+def test_empty_names_and_lists(values: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"model_name_or_path": "m", "output_dir": "o", **yaml.safe_load(values)}))
+    assert_refused(capsys, main(["train", str(recipe)]), told)

@@ -108,6 +108,5 @@ def _explain(problem: dict[str, Any], schema: type[Schema]) -> str:
         return f"unknown key `{key}`.{nearest(key, schema.model_fields)}"
     if problem["type"] == "missing":
         return f"`{key}` is missing: give it in the recipe" + (f" or as --{key}." if schema is not DataEntry else ".")
-    if not key:
-        return str(problem["msg"]).removeprefix("Value error, ") + "."
-    return f"`{problem['loc'][0]}` = {problem['input']!r:.200}: {problem['msg']}."
+    told = str(problem["msg"]).removeprefix("Value error, ") + "."
+    return f"`{problem['loc'][0]}` = {problem['input']!r:.200}: {told}" if key else told

@@ -6,9 +6,9 @@ Past 300 lines because every option stands here, and only here.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from llavaforge.config.train_types import TRAIN_TYPES, TrainType
 
@@ -60,6 +60,15 @@ class Schema(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_empty_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse an empty path, which would mean the current folder."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value == "" and Path in (annotation, *get_args(annotation)):
+            raise ValueError("is empty: name a file or folder (`.` is the current folder), or leave it out")
+        return value
 
 
 class CustomizeModelConfig(Schema):
@@ -195,6 +204,8 @@ class DataOptions(SampleOptions):
 
     @model_validator(mode="after")
     def _check_data(self) -> "DataOptions":
+        if self.data_path is None and not self.data and "data" in self.model_fields_set:
+            raise ValueError("`data` is an empty list: name a data set in it (`- path: ...`), or give data_path")
         if self.data_path is None and not self.data:
             raise ValueError("`data_path` is missing: give it in the recipe or as --data_path")
         if self.data_path is not None and self.data:
