@@ -16,6 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 import llavaforge
+from llavaforge.machine.facts import cpu_model
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "pillow")
 
@@ -23,7 +24,7 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "pillow")
 def describe(dtype: torch.dtype) -> dict[str, Any]:
     """Return CPU, cores, memory, threads, type of the computation, versions, and the load at the start."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -55,9 +56,3 @@ def help_seconds(repeats: int = 7) -> float:
         subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
