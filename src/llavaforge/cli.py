@@ -94,8 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # packs differ in length: else pieces of freed memory pile up
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        for noisy in ("httpx", "matplotlib", "DeepSpeed", "torchao"):
+        for noisy in ("httpx", "matplotlib", "DeepSpeed"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        for warns in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when peft imports torchao
+            logging.getLogger(warns).setLevel(logging.ERROR)
         # From the first second on: imports take some.
         with StopRequest(is_last=argv is None) if name == "train" else nullcontext():
             config = parse(name, rest)
