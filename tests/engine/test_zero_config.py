@@ -10,6 +10,7 @@ import pytest
 
 from llavaforge.cli import main
 from llavaforge.config.schema import shipped_deepspeed
+from llavaforge.engine.zero import _with_buckets_that_fit
 from llavaforge.engine.zero_config import build_settings, check_installed, stage_of
 from llavaforge.errors import UserError
 
@@ -141,3 +142,11 @@ def test_deepspeed_that_is_not_installed(
         check_installed(build_settings("zero2", KNOWN, 64))
     assert main(["train", *flags, "--deepspeed=zero4"]) == 2
     assert "no such file: zero4 (or one of zero1, zero2-offload, zero2," in capsys.readouterr().err
+
+
+def test_buckets_hold_no_more_than_what_learns() -> None:
+    """DeepSpeed allocates two of them at once: 2 GB with the shipped files, for a projector of 9 million numbers."""
+    file = {"stage": 2, "reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000}
+    assert _with_buckets_that_fit(file, 9_000_000) == file | {"reduce_bucket_size": 9_000_000}
+    assert _with_buckets_that_fit(file, 4_000_000_000) == file
+    assert _with_buckets_that_fit({"stage": 1}, 9_000_000) == {"stage": 1}

@@ -48,14 +48,14 @@ def engine_bytes(
     zero1: of what learns, every process keeps the gradient twice (bfloat16 of the micro-step, float32 of the step);
         before the reduction, when the activations are gone, all of it is copied once more in float32 and once in
         bfloat16. Masters and moments dealt. (On offloading, and in float32, it is ZeRO-2 with whole gradients.)
-    zero2: gradients dealt as well; two buckets of bfloat16 whatever the model's size (`overlap_comm`), a copy of one
-        to send, the largest gradient. Later AdamW makes one temporary tensor as large as a moment.
+    zero2: gradients dealt as well; two buckets of bfloat16 (`overlap_comm`) that hold no more than what learns, a copy
+        of one to send, the largest gradient. Later AdamW makes one temporary tensor as large as a moment.
     zero3: weights dealt as well, frozen ones too; up to `MAX_LIVE` of them are gathered.
     offload: masters and moments on the host. ZeRO-2 accumulates its share of the gradient on the GPU.
     """
     learning, dealt = counts.learning, counts.learning / num_processes
     whole, largest = float(weight_bytes) * counts.total, float(weight_bytes) * counts.largest
-    buckets = weight_bytes * (2.0 * _BUCKET + min(_BUCKET, learning)) + largest
+    buckets = 3.0 * weight_bytes * min(_BUCKET, learning) + largest
     gathered = float(weight_bytes) * min(MAX_LIVE, counts.total) + largest
     plain = 4 + (4 if weight_bytes < 4 else 0) + (2 if moments_in_8_bits else 8)
     return {

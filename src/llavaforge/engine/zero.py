@@ -78,6 +78,9 @@ class ZeroEngine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": options.max_grad_norm or _CLIP_NEVER,
+            "zero_optimization": _with_buckets_that_fit(
+                self._settings["zero_optimization"], sum(shape.numel() for shape in self._shapes.values())
+            ),
         }
         with redirect_stdout(sys.stderr):
             self._take_weights(step_module, dtype, settings)
@@ -258,6 +261,12 @@ class ZeroEngine:
                 self._optimizer._hp_optimizer_states_linked = False
                 self._optimizer._lazy_init_hp_params_optimizer_state()
             self._has_moments = True
+
+
+def _with_buckets_that_fit(zero: Mapping[str, Any], num_learning: int) -> dict[str, Any]:
+    """Return ZeRO's settings with a bucket that holds no more than all that learns; DeepSpeed allocates two of them."""
+    asked = zero.get("reduce_bucket_size")
+    return {**zero, "reduce_bucket_size": min(asked, num_learning)} if asked else dict(zero)
 
 
 def deal(sizes: Mapping[str, int], num_owners: int) -> list[tuple[str, int]]:
