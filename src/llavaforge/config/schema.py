@@ -219,7 +219,7 @@ class DataOptions(SampleOptions):
         if any(entry.weight is not None or entry.repeat is not None for entry in self.eval_data):
             raise ValueError("eval_data: each record is evaluated once, so weight and repeat have no place")
         if self.max_tokens_per_batch and not (self.global_batch_size or self.per_device_train_batch_size):
-            raise ValueError("max_tokens_per_batch bounds micro-batches only: give global_batch_size too")
+            raise ValueError("max_tokens_per_batch is about micro-batches only: give global_batch_size too")
         if self.global_batch_size and self.gradient_accumulation_steps:
             raise ValueError(
                 "global_batch_size already fixes the accumulation: drop gradient_accumulation_steps, or give only it"

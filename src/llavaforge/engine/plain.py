@@ -7,6 +7,7 @@ float32 as soon as it exists, and freed, so that accumulation loses nothing and 
 import math
 import resource
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class PlainEngine:
         ]
         numbers: dict[str, Any] = dict(lr=0.0, betas=options.betas, eps=options.epsilon)
         if options.moments_in_8_bits:
+            warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash", UserWarning)
             from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
 
             self._optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **numbers)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from llavaforge.config.train_types import TRAIN_TYPES
 from llavaforge.device import compute_dtype, total_memory
 from llavaforge.engine.memory import Counts, engine_bytes
 from llavaforge.errors import is_out_of_memory, reason
-from llavaforge.files import check_own, replace_text, to_json
+from llavaforge.files import replace_text, to_json
 from llavaforge.machine.facts import machine_facts
 from llavaforge.machine.proofs import (
     Figures,
@@ -54,11 +55,10 @@ _HEADROOM = 0.95  # of the device's memory, for what is forecast
 
 def env(config: EnvConfig) -> EnvResult:
     """Show the machine, and check it where that is asked for."""
-    if config.output is not None:
-        check_own(config.output, _OWN)  # before the minutes of checking
     facts = machine_facts()
     is_writer = os.environ.get("RANK", "0") == "0"
     if is_writer:
+        _write(config.output, _result(facts, []))  # before the minutes of checking: it may not be possible
         _show(facts, Console(stderr=True))
     checks: list[dict[str, Any]] = []
     size, has_deepspeed = num_processes(), importlib.util.find_spec("deepspeed") is not None
@@ -69,10 +69,20 @@ def env(config: EnvConfig) -> EnvResult:
                 world.at(name)
                 checks.append(_outcome(name, check, world))
                 console.print(_line(checks[-1]), markup=False, highlight=False, soft_wrap=True)
-    result: EnvResult = {**facts, "checks": checks, "num_failed": sum(not check["ok"] for check in checks)}  # type: ignore[typeddict-item]
-    if config.output is not None and is_writer:
-        replace_text(config.output, to_json(result, indent=1) + "\n", own=_OWN)
+    result = _result(facts, checks)
+    if is_writer:
+        _write(config.output, result)
     return result
+
+
+def _result(facts: dict[str, Any], checks: list[dict[str, Any]]) -> EnvResult:
+    num_failed = sum(not check["ok"] for check in checks)
+    return {**facts, "checks": checks, "num_failed": num_failed}  # type: ignore[typeddict-item]
+
+
+def _write(output: Path | None, result: EnvResult) -> None:
+    if output is not None:
+        replace_text(output, to_json(result, indent=1) + "\n", own=_OWN)
 
 
 def _checks(world: World, has_deepspeed: bool) -> Iterator[Check]:

@@ -20,7 +20,7 @@ from llavaforge.version import __version__
 
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "peft", "safetensors", "deepspeed", "accelerate", "triton", "numpy",
-    "pillow", "pyarrow",
+    "pillow", "pyarrow", "torchao", "liger-kernel",
 )  # fmt: skip
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF",
