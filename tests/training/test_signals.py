@@ -53,6 +53,7 @@ def test_a_signal_that_comes_while_the_process_ends_changes_nothing() -> None:
             pass
         for number in before:
             os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

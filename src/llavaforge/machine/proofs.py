@@ -20,6 +20,7 @@ from llavaforge.model.liger import use_liger
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import parameter_groups
 from llavaforge.processes.world import World
+from llavaforge.training.run import deterministic
 
 Figures = dict[str, float]
 
@@ -115,14 +116,11 @@ def prove_train_type(device: torch.device, train_type: str, dtype: torch.dtype, 
 
 def prove_resume(device: torch.device, dtype: torch.dtype) -> Figures:
     """Compare a run in one piece with one that goes on from its state: the same bytes, as with `--deterministic`."""
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic(True):
         _, whole = _trained(World(device=device), "full", dtype)
         _, half = _trained(World(device=device), "full", dtype, num_steps=_NUM_STEPS // 2)
         state = dict(half.trainable_state())
         _, resumed = _trained(World(device=device), "full", dtype, state=state, first=_NUM_STEPS // 2)
-    finally:
-        torch.use_deterministic_algorithms(False)
     weights = dict(whole.masters())
     different = sum(not torch.equal(mine, weights[name]) for name, mine in resumed.masters())
     if different:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.pack import Pack
 from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions
@@ -97,7 +98,7 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
         torch.OutOfMemoryError: it does not fit.
     """
     size, config = work.size, train_options(work.train_type, **dict(work.options))
-    dtype, settings = compute_dtype("auto"), _settings(work, world)
+    dtype, settings = compute_dtype("auto"), _settings(work, config, world)
     model = random_model(size, world.device, dtype)
     groups = parameter_groups(model, config)
     counts = Counts.of(model)
@@ -151,10 +152,9 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
     )
 
 
-def _settings(work: Work, world: World) -> dict[str, Any] | None:
+def _settings(work: Work, config: TrainConfig, world: World) -> dict[str, Any] | None:
     if work.deepspeed is None and world.size == 1:
         return None
-    config = train_options(work.train_type, **dict(work.options))
     known = decided(config, work.num_samples * work.num_micro_batches * world.size, world.size)
     return build_settings(work.deepspeed, known, work.size.width)
 

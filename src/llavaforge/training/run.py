@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> TrainResult:
     needs_group = any(stage.deepspeed for stage in stages)
     with (
         StopRequest() as stop,
-        _deterministic(any(stage.deterministic for stage in stages)),
+        deterministic(any(stage.deterministic for stage in stages)),
         open_world(size, config.stuck_timeout_s, needs_group) as world,
     ):
         for number, stage in enumerate(stages, 1):
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 @contextmanager
-def _deterministic(is_on: bool) -> Iterator[None]:
+def deterministic(is_on: bool) -> Iterator[None]:
     """Within the block let torch take only algorithms that give the same bytes every time."""
     before = torch.are_deterministic_algorithms_enabled()
     if is_on:
