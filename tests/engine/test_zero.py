@@ -14,14 +14,14 @@ from train_tools import TRAIN_TYPES, tensors_of, train_config
 from zero_tools import STAGES, STEPS, Alone, assert_close_tensors, assert_same_curve, curve, held_out, options
 
 OFFLOAD = "offload"
-BUILD = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
+BUILD = "from llavaforge.engine.cpu_adam import load_cpu_adam; load_cpu_adam()"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cpu_adam(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     """Have DeepSpeed compile its optimizer for the CPU while the other tests run; call it to wait for the end.
 
-    Once per machine (DeepSpeed keeps it), and 90 s of a core. Who fails here fails in the test that needs it, with
+    Once per machine (torch keeps it), and 90 s of a core. Who fails here fails in the test that needs it, with
     the reason.
     """
     if not any(OFFLOAD in item.name for item in request.session.items):
@@ -31,7 +31,7 @@ def cpu_adam(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     try:
         yield lambda: build.wait() and None
     finally:
-        build.wait()  # a killed one would leave its lock behind
+        build.wait()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,14 +2,19 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.utils.cpp_extension import _get_build_directory
+from torch.utils.file_baton import FileBaton
 
 from llavaforge.cli import main
 from llavaforge.config.schema import shipped_deepspeed
+from llavaforge.engine.cpu_adam import load_cpu_adam
 from llavaforge.engine.zero import _with_buckets_that_fit
 from llavaforge.engine.zero_config import build_settings, check_installed, stage_of
 from llavaforge.errors import UserError
@@ -150,3 +155,22 @@ def test_buckets_hold_no_more_than_what_learns() -> None:
     assert _with_buckets_that_fit(file, 9_000_000) == file | {"reduce_bucket_size": 9_000_000}
     assert _with_buckets_that_fit(file, 4_000_000_000) == file
     assert _with_buckets_that_fit({"stage": 1}, 9_000_000) == {"stage": 1}
+
+
+def test_a_build_that_was_killed_holds_up_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    built: list[str] = []
+
+    def load(name: str, **_: object) -> str:
+        folder = Path(_get_build_directory(name, verbose=False))
+        assert FileBaton(str(folder / "lock")).try_acquire(), "torch would wait for ever"
+        built.append(str(folder))
+        return name  # without release, as a process that is killed
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    load_cpu_adam()
+    OpBuilder._loaded_ops.clear()
+    load_cpu_adam()
+    assert len(built) == 2 and built[0] == built[1] and Path(built[0]).is_relative_to(tmp_path)
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)

@@ -19,6 +19,7 @@ import torch
 from llavaforge.config.load import nearest
 from llavaforge.config.schema import TrainConfig, shipped_deepspeed
 from llavaforge.device import compute_dtype
+from llavaforge.engine.cpu_adam import load_cpu_adam
 from llavaforge.errors import UserError
 from llavaforge.model.trainable import learning_rate
 from llavaforge.model_folder.hub import find_model_folder
@@ -173,10 +174,8 @@ def check_installed(settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"offload_optimizer compiles DeepSpeed's CPU Adam, and `{tool}` ({package}) is not there. {remedy}"
             )
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
     try:
-        CPUAdamBuilder().load(verbose=False)
+        load_cpu_adam()
     except Exception as error:  # whatever a compiler may do
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"offload_optimizer: DeepSpeed's CPU Adam does not build: {lines[0]}\n{remedy}") from None
