@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "llavaforge"
 
 # Every room, from the ground up: a file imports its own room and those below. Rooms of a floor do not know each other.
 FLOORS: list[set[str]] = [
-    {"device", "errors", "progress", "results", "version"},
+    {"clock", "device", "errors", "progress", "results", "version"},
     {"files"},
     {"folders"},
     {"config", "processes", "report"},

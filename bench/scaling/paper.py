@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.scaling.wire import Weights, formula
-from llavaforge.engine.memory import engine_bytes
+from llavaforge.engine.memory import engine_memory
 from llavaforge.machine.random_model import PUBLISHED, llava_config, preprocessing, random_model, train_options
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.memory import activations
@@ -78,7 +78,7 @@ def memory_table() -> Iterator[str]:
     yield f"| engine | GPUs | {' | '.join(TRAIN_TYPES)} |"
     yield "|---|--:|" + "--:|" * len(TRAIN_TYPES)
     for engine, number in rows:
-        cells = [f"{engine_bytes(engine, real_model(kind)[0].counts, number) / 1e9:.0f}" for kind in TRAIN_TYPES]
+        cells = [f"{engine_memory(engine, real_model(kind)[0].counts, number).total / 1e9:.0f}" for kind in TRAIN_TYPES]
         yield f"| {engine} | {number} | {' | '.join(cells)} |"
 
 

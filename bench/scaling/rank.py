@@ -27,6 +27,7 @@ import torch.distributed as dist
 from bench.scaling.wire import Weights
 from llavaforge.checkpoint import state as checkpoints
 from llavaforge.checkpoint.resume import find_checkpoint
+from llavaforge.clock import Clock
 from llavaforge.config.schema import TrainConfig
 from llavaforge.engine.base import Engine
 from llavaforge.engine.plain import PlainEngine
@@ -148,9 +149,9 @@ def main(arguments: Sequence[str]) -> None:
         return marked
 
     def counting(prepare: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(opened: OpenedStage, engine: Engine) -> Any:  # before ZeRO-3 deals the parameters out
+        def counted(opened: OpenedStage, engine: Engine, clock: Clock) -> Any:  # before ZeRO-3 deals the parameters out
             weights.update(asdict(Weights.of(opened.loaded.model, threshold, config.gradient_checkpointing)))
-            return prepare(opened, engine)
+            return prepare(opened, engine, clock)
 
         return counted
 

@@ -70,10 +70,10 @@ def formula(model: Any, packs: Sequence[Pack]) -> float:
     return sum(counter.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs)
 
 
-def counted(model: Any, pack: Pack) -> int:
+def counted(model: Any, pack: Pack, recompute_every: int = 0) -> int:
     """What torch counts of one forward and backward pass."""
     steps = Preprocessing(None, (SIDE, SIDE), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
-    module = StepModule(model, steps)
+    module = StepModule(model, steps, recompute_every)
     module.train()
     # Only the math kernel's products are seen one by one; torch has no formula for the CPU's flash kernel, nor for a
     # product that is added in place.
@@ -131,3 +131,23 @@ def test_unused_tower_layers_do_not_count() -> None:
     tokens = NUM_IMAGE_TOKENS + 1
     per_image = tokens * matrices + 4 * tokens**2 * 48
     assert formula(whole, [pack]) - formula(cut, [pack]) == pytest.approx(3 * 2 * len(SAMPLES) * per_image)
+
+
+@pytest.mark.parametrize("train_type", ["use_lora", "full"])
+def test_what_is_recomputed_is_counted_apart(train_type: str) -> None:
+    """Of three layers: all, or two. torch stops early: of each layer's last product only the result is not needed."""
+    model, pack = prepared(train_type), pack_of(SAMPLES)
+    once = counted(model, pack)
+    for every, layers in ((1, 3), (2, 2)):
+        again = FlopCounter.of(model, NUM_IMAGE_TOKENS).recomputed(pack.lengths, every)
+        last = layers * 2.0 * (6 if train_type == "use_lora" else 96) * 64 * pack.num_tokens
+        scores = masked_scores(model, pack, 1) * layers / 3
+        fresh = prepared(train_type)
+        assert counted(fresh, pack, every) - once == pytest.approx(again + scores - last, rel=0.02)
+
+
+def test_the_parts_are_the_whole() -> None:
+    counter = FlopCounter.of(prepared("full"), NUM_IMAGE_TOKENS)
+    parts = counter.by_part((40, 9), 2, 13)
+    assert sum(parts.values()) == counter.step((40, 9), 2, 13) and min(parts.values()) > 0
+    assert counter.by_part((40, 9), 0, 13)["vision_tower"] == 0

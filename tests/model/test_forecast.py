@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaConfig
 
 import tiny_parts
-from llavaforge.engine.memory import Counts, engine_bytes
+from llavaforge.engine.memory import Counts, engine_memory
 from llavaforge.machine.random_model import (
     PUBLISHED,
     TINY,
@@ -47,7 +47,7 @@ def test_the_forecast_is_what_a_gpu_took(row: dict[str, Any]) -> None:
         row["recompute_every"],
         row["compile"],
     )
-    held = engine_bytes("plain", Counts.of(model), 1, 2, config.optim == "adamw_8bit")
+    held = engine_memory("plain", Counts.of(model), 1, 2, config.optim == "adamw_8bit").total
     ratio = (held + kept) / row["peak_memory_bytes"]
     fused = row["compile"] or row["liger"]
     assert 0.99 < ratio < (1.35 if row["liger"] else 1.15 if fused else 1.05)
@@ -71,7 +71,8 @@ def test_what_learns_is_kept_for() -> None:
 
 def test_moments_in_8_bits_take_a_quarter() -> None:
     counts = Counts(4_000_000_000, 4_000_000_000, 0)
-    assert engine_bytes("plain", counts, 1) - engine_bytes("plain", counts, 1, moments_in_8_bits=True) == 6 * 4e9
+    whole, quarter = (engine_memory("plain", counts, 1, 2, in_8_bits).optimizer for in_8_bits in (False, True))
+    assert whole - quarter == 6 * 4e9
 
 
 @pytest.mark.parametrize("family", sorted(tiny_parts.FAMILIES.keys() - {"gemma2"}))  # refused: soft-capped scores

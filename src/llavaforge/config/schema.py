@@ -370,6 +370,8 @@ class TrainConfig(DataOptions):
     """A line of metrics.jsonl every so many steps."""
     report_to: Changeable[Literal["none", "tensorboard"]] = "none"
     """Where metrics go besides metrics.jsonl."""
+    profile: Changeable[bool] = False
+    """Record steps 3 to 5: a trace for Perfetto and a table of operations go to `output_dir/profile`."""
     resume_from_checkpoint: Changeable[Literal["auto"] | Path] = "auto"
     """`auto` goes on from the newest valid checkpoint of `output_dir`; a path names one."""
     allow_changes: Changeable[list[str]] = []

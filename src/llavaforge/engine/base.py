@@ -67,10 +67,12 @@ class Engine(Protocol):
     """One process of a run (`world`: all of them).
 
     Attributes:
+        name: as `engine/memory.py` calls it.
         has_whole_weights: whether a layer finds all its weights when it runs.
     """
 
     world: World
+    name: str
     has_whole_weights: bool
 
     def prepare(

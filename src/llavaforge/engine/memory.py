@@ -33,16 +33,38 @@ class Counts:
 
 
 def engine_name(settings: Mapping[str, Any] | None) -> str:
-    """Return how `engine_bytes` calls a run's engine, by its DeepSpeed settings."""
+    """Return how `engine_memory` calls a run's engine, by its DeepSpeed settings."""
     if settings is None:
         return "plain"
     return f"zero{stage_of(settings)}" + ("-offload" if offloads_optimizer(settings) else "")
 
 
-def engine_bytes(
+@dataclass(frozen=True)
+class EngineMemory:
+    """What an engine keeps on a process's device at the worst moment, in bytes: activations and logits are not its.
+
+    Attributes:
+        weights: in the type that is computed in.
+        gradients: of what learns.
+        optimizer: masters and moments of what learns.
+        buffers: for what is sent, gathered or computed in passing.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+def engine_memory(
     engine: str, counts: Counts, num_processes: int, weight_bytes: int = 2, moments_in_8_bits: bool = False
-) -> float:
-    """Return the bytes that a process holds on its device at the worst moment, activations not counted.
+) -> EngineMemory:
+    """Return what an engine keeps.
 
     plain: the weights; what learns: master 4 (in float32 a weight is its own), gradient 4, moments 8, in 8 bits 2.
     zero1: of what learns, every process keeps the gradient twice (bfloat16 of the micro-step, float32 of the step);
@@ -57,13 +79,13 @@ def engine_bytes(
     whole, largest = float(weight_bytes) * counts.total, float(weight_bytes) * counts.largest
     buckets = 3.0 * weight_bytes * min(_BUCKET, learning) + largest
     gathered = float(weight_bytes) * min(MAX_LIVE, counts.total) + largest
-    plain = 4 + (4 if weight_bytes < 4 else 0) + (2 if moments_in_8_bits else 8)
+    plain = (4 if weight_bytes < 4 else 0) + (2 if moments_in_8_bits else 8)
     return {
-        "plain": whole + plain * learning + largest,
-        "zero1": whole + 6 * learning + 12 * dealt + 6 * learning,
-        "zero2": whole + 16 * dealt + max(buckets, 4 * dealt),
-        "zero3": whole / num_processes + 16 * dealt + max(gathered, 4 * min(1e9, dealt)),
-        "zero1-offload": whole + 4 * learning + buckets + largest,
-        "zero2-offload": whole + 4 * dealt + buckets + largest,
-        "zero3-offload": whole / num_processes + gathered,
+        "plain": EngineMemory(whole, 4 * learning, plain * learning, largest),
+        "zero1": EngineMemory(whole, 6 * learning, 12 * dealt, 6 * learning),
+        "zero2": EngineMemory(whole, 4 * dealt, 12 * dealt, max(buckets, 4 * dealt)),
+        "zero3": EngineMemory(whole / num_processes, 4 * dealt, 12 * dealt, max(gathered, 4 * min(1e9, dealt))),
+        "zero1-offload": EngineMemory(whole, 4 * learning, 0, buckets + largest),
+        "zero2-offload": EngineMemory(whole, 4 * dealt, 0, buckets + largest),
+        "zero3-offload": EngineMemory(whole / num_processes, 0, 0, gathered),
     }[engine]

@@ -26,6 +26,7 @@ from llavaforge.processes.world import World
 class PlainEngine:
     """The engine of a single process; see `engine/base.py`."""
 
+    name = "plain"
     has_whole_weights = True
 
     def __init__(self, world: World) -> None:

@@ -27,6 +27,7 @@ from torch import nn
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
+from llavaforge.engine.memory import engine_name
 from llavaforge.engine.plain import peak_memory_bytes
 from llavaforge.engine.zero_config import offloads_optimizer, stage_of
 from llavaforge.model.step import StepModule
@@ -59,6 +60,7 @@ class ZeroEngine:
         self._deepspeed = deepspeed
         self._settings = settings
         self._shards_weights = stage_of(settings) == 3
+        self.name = engine_name(settings)
         self.has_whole_weights = not self._shards_weights
         self._has_moments = False  # DeepSpeed makes AdamW's moments in the first step
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from llavaforge.config.schema import EnvConfig
 from llavaforge.config.train_types import TRAIN_TYPES
 from llavaforge.device import compute_dtype, total_memory
-from llavaforge.engine.memory import Counts, engine_bytes
+from llavaforge.engine.memory import Counts, engine_memory
 from llavaforge.errors import is_out_of_memory, reason
 from llavaforge.files import replace_text, to_json
 from llavaforge.machine.facts import machine_facts
@@ -123,7 +123,7 @@ def _works(world: World) -> Iterator[Work]:
         model = random_model(PUBLISHED, torch.device("meta"), torch.bfloat16)
         set_trainable(model, train_options(kind))
         engine = "plain" if world.size == 1 else "zero2"
-        weights = engine_bytes(engine, Counts.of(model), world.size)
+        weights = engine_memory(engine, Counts.of(model), world.size).total
         if weights > _HEADROOM * total_memory(world.device):
             continue
         yield work

@@ -14,7 +14,7 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.pack import Pack
 from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions
-from llavaforge.engine.memory import Counts, engine_bytes, engine_name
+from llavaforge.engine.memory import Counts, engine_memory, engine_name
 from llavaforge.engine.open import open_engine
 from llavaforge.engine.zero_config import build_settings, decided
 from llavaforge.machine.random_model import (
@@ -132,7 +132,7 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
     done = sum(flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs) / number
     peak = peak_flops(world.device, dtype)
     name, kept = engine_name(settings), activations(llava_config(size), config, preprocessing(size), dtype)
-    held = engine_bytes(name, counts, world.size, dtype.itemsize, options.moments_in_8_bits)
+    held = engine_memory(name, counts, world.size, dtype.itemsize, options.moments_in_8_bits).total
     forecast = held + kept.bytes(
         max(pack.num_tokens for pack in packs),
         work.num_samples,

@@ -7,6 +7,7 @@ counted at three times, as is common, would flatter the figure. Causal attention
 exist.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from llavaforge.clock import LANGUAGE_MODEL, TOWER
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.model.lora import is_lora
 from llavaforge.model.tower import num_layers_used, vision_backbone
@@ -33,6 +35,7 @@ class FlopCounter:
         lora_per_token: forward FLOPs of the LoRA matrices.
         head_per_supervised: forward FLOPs of the language head.
         attention_per_pair: forward FLOPs per (query, key) pair over all layers of the language model.
+        num_layers: of the language model.
         learning: the parts that learn.
     """
 
@@ -43,6 +46,7 @@ class FlopCounter:
     lora_per_token: float
     head_per_supervised: float
     attention_per_pair: float
+    num_layers: int
     learning: frozenset[str]
 
     @classmethod
@@ -67,22 +71,35 @@ class FlopCounter:
             lora_per_token=lora,
             head_per_supervised=2.0 * text.hidden_size * text.vocab_size,
             attention_per_pair=4.0 * text.num_hidden_layers * text.num_attention_heads * head_size,
+            num_layers=text.num_hidden_layers,
             learning=frozenset(part_of(n) for n, p in model.named_parameters() if p.requires_grad),
         )
 
     def step(self, lengths: Sequence[int], num_images: int, num_supervised: int) -> float:
         """Return the model FLOPs of a training step on samples of these lengths, images and supervised tokens."""
+        return sum(self.by_part(lengths, num_images, num_supervised).values())
+
+    def by_part(self, lengths: Sequence[int], num_images: int, num_supervised: int) -> dict[str, float]:
+        """Return the same for the vision tower, and for the language model with the projector."""
         pairs = sum(length * (length + 1) / 2 for length in lengths)
-        return self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))
+        tower, others = self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))
+        return {TOWER: tower, LANGUAGE_MODEL: others}
+
+    def recomputed(self, lengths: Sequence[int], every: int) -> float:
+        """Return the FLOPs of computing one of every so many layers of the language model again (not in `step`)."""
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        body = (self.body_per_token + self.lora_per_token) * sum(lengths) + self.attention_per_pair * pairs
+        return body * math.ceil(self.num_layers / every) / self.num_layers if every else 0.0
 
     def of_index(self, index: SampleIndex) -> npt.NDArray[np.float64]:
         """Return the model FLOPs of each sample of an index on its own, in training."""
         lengths, num_images, num_supervised = index.lengths, index.num_images, index.num_supervised
         pairs = lengths * (lengths + 1) / 2
-        flops = self._flops(lengths, pairs, num_images, num_supervised, num_images > 0)
-        return np.asarray(flops, dtype=np.float64)
+        tower, others = self._flops(lengths, pairs, num_images, num_supervised, num_images > 0)
+        return np.asarray(tower + others, dtype=np.float64)
 
-    def _flops(self, tokens: Any, pairs: Any, images: Any, supervised: Any, has_images: Any) -> Any:
+    def _flops(self, tokens: Any, pairs: Any, images: Any, supervised: Any, has_images: Any) -> tuple[Any, Any]:
+        """Return what the tower needs, and what all else needs."""
         learns = self.learning
         # The projector learns in every train type, so gradients pass through the whole language model to the images.
         # Without images a frozen language model without LoRA hands nothing back.
@@ -91,14 +108,14 @@ class FlopCounter:
         tower_factor = 3 if "vision_tower" in learns else 1
         embedding_factor = 2 if "vision_tower" in learns else 1  # pixels need no gradient
         first_factor = 3 if "vision_tower" in learns else 2  # behind a frozen tower it needs no input gradient
-        return (
-            embedding_factor * self.embedding_per_image * images
-            + tower_factor * self.tower_per_image * images
-            + (first_factor * self.projector_per_image[0] + 3 * self.projector_per_image[1]) * images
+        tower = (embedding_factor * self.embedding_per_image + tower_factor * self.tower_per_image) * images
+        others = (
+            (first_factor * self.projector_per_image[0] + 3 * self.projector_per_image[1]) * images
             + (body_factor * self.body_per_token + 3 * self.lora_per_token) * tokens
             + (1 + 2 * passes) * self.attention_per_pair * pairs
             + body_factor * self.head_per_supervised * supervised
         )
+        return tower, others
 
 
 def _matrices(module: nn.Module) -> float:

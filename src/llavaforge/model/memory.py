@@ -94,8 +94,13 @@ def activations(config: Any, options: TrainConfig, preprocessing: Preprocessing,
         others_per_token=more["text"] / tokens,
         per_image=more["images"],
         num_layers=num_layers,
-        logits_per_supervised=text.vocab_size * (2.0 * dtype.itemsize + 8),
+        logits_per_supervised=logits_bytes(config, dtype.itemsize),
     )
+
+
+def logits_bytes(config: Any, itemsize: int) -> float:
+    """Return what a supervised token's logits take: in the compute type and in float32, and the gradients of both."""
+    return float(config.get_text_config().vocab_size * (2 * itemsize + 8))
 
 
 def _saved(module: StepModule, pack: Pack) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from llavaforge.clock import LANGUAGE_MODEL, TOWER, Clock
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model.attention import Borders, use_packed_attention
@@ -25,15 +26,19 @@ class StepModule(nn.Module):
         recompute_every: every how many layers of the language model one is computed again in the backward pass
             (gradient checkpointing; 0: none). Never the tower's: for the whole model it would back-propagate through a
             frozen tower.
+        clock: told when the tower is at work, and when the language model is.
 
     Attributes:
         runs_all_modules: run every module in every pass, in the same order, whatever the pack holds. ZeRO-3 sets it:
             there each module's forward gathers its weights from all ranks.
     """
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, recompute_every: int = 0) -> None:
+    def __init__(
+        self, model: Any, preprocessing: Preprocessing, recompute_every: int = 0, clock: Clock | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self._begin = clock.begin if clock is not None else lambda part: None
         self.preprocessing = preprocessing
         self.runs_all_modules = False
         use_packed_attention(model)
@@ -82,9 +87,13 @@ class StepModule(nn.Module):
     def _image_features(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
         """Return the projected features, (I, P, D)."""
         tower = self.model.model.vision_tower
+        self._begin(TOWER)
         pixels = normalize(pixels_ICHW, self.preprocessing, next(tower.parameters()).dtype)
         with torch.set_grad_enabled(self._tower_learns() and torch.is_grad_enabled()):
             features_IPD = tower_features(self.model, pixels)
+        self._begin(LANGUAGE_MODEL)
+        if features_IPD.requires_grad:  # the last thing of the backward pass is the tower's
+            features_IPD.register_hook(lambda gradient: self._begin(TOWER))
         projected: torch.Tensor = self.model.model.multi_modal_projector(features_IPD)
         return projected
 

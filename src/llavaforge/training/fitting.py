@@ -12,7 +12,7 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.order.mixture import Mixture
 from llavaforge.device import compute_dtype, total_memory
-from llavaforge.engine.memory import Counts, engine_bytes, engine_name
+from llavaforge.engine.memory import Counts, engine_memory, engine_name
 from llavaforge.engine.zero_config import settings_of_run
 from llavaforge.errors import reason
 from llavaforge.model.load import LoadedModel
@@ -119,7 +119,7 @@ def _kept_and_budget(config: TrainConfig, loaded: LoadedModel, world: World) -> 
     """Return what a token takes and what is there for it; nothing of a model whose shapes alone do not compute."""
     dtype, settings = compute_dtype(config.bf16), settings_of_run(config, None, world.size)
     counts, in_8_bits = Counts.of(loaded.model), config.optim == "adamw_8bit"
-    weights = engine_bytes(engine_name(settings), counts, world.size, dtype.itemsize, in_8_bits)
+    weights = engine_memory(engine_name(settings), counts, world.size, dtype.itemsize, in_8_bits).total
     budget = _SHARE * total_memory(world.device) - weights
     try:
         return activations(loaded.model.config, config, loaded.preprocessing, dtype), budget

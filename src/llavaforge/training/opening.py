@@ -22,6 +22,7 @@ from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.mixture import Mixture, RowNumbers, deal, drop_quarantined
 from llavaforge.data.order.plan import MicroBatch, Plan, check_world, num_steps
+from llavaforge.engine.memory import Counts
 from llavaforge.errors import UserError
 from llavaforge.files import real_path
 from llavaforge.model.flops import FlopCounter
@@ -63,6 +64,7 @@ class OpenedStage:
         config: the stage's options.
         loaded: the model to train.
         groups: what of it learns; everything else is frozen.
+        counts: its parameters, counted before an engine deals them out.
         flops: counts the work of packs.
         data: what is trained on and evaluated.
         plan: the order of the samples.
@@ -72,6 +74,7 @@ class OpenedStage:
     config: TrainConfig
     loaded: LoadedModel
     groups: Sequence[Group]
+    counts: Counts
     flops: FlopCounter
     data: OpenedData
     plan: Plan
@@ -109,7 +112,7 @@ def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedSta
     config = fitted(config, loaded, Sizes.of(data.index, data.mixture), world)
     plan = world.run_on_all(lambda: _plan(config, data, flops, world))
     run = describe_run(config, loaded, data.index, data.mixture, plan)
-    return OpenedStage(config, loaded, groups, flops, data, plan, run)
+    return OpenedStage(config, loaded, groups, Counts.of(loaded.model), flops, data, plan, run)
 
 
 def _plan(config: TrainConfig, data: OpenedData, flops: FlopCounter, world: World) -> Plan:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from llavaforge.checkpoint.resume import batch_size_of_begun, claimed
+from llavaforge.clock import Clock
 from llavaforge.config.recipe import FINAL, training_stages
 from llavaforge.config.schema import TrainConfig
 from llavaforge.data.order.plan import check_world
@@ -90,9 +91,10 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainRes
             return {**finished, "output_dir": str(config.output_dir)}
         show_contract(opened, console)  # before the engine: ZeRO-3 leaves no process a whole parameter to count
         engine = open_engine(world, settings)
-        state = prepare_or_resume(opened, engine)
+        clock = Clock(world.device)
+        state = prepare_or_resume(opened, engine, clock)
         with stop.postponed():
-            result = Trainer(opened, engine, state).train(stop)
+            result = Trainer(opened, engine, state, clock).train(stop)
             world.at("writing the finished model")
             write_final(final, opened, engine, result)
     return result

@@ -7,12 +7,14 @@ engines is in `engine/`.
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.resume import find_checkpoint
 from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_state
+from llavaforge.clock import COMMUNICATION, DATA, EVALUATION, OTHER, SAVING, Clock
 from llavaforge.data.load.pack import Pack
 from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions, Engine, StepResult
@@ -28,6 +30,7 @@ from llavaforge.training.evaluation import held_out_loss
 from llavaforge.training.guards import Guards
 from llavaforge.training.metrics import MetricsFile
 from llavaforge.training.opening import OpenedStage
+from llavaforge.training.profile import Profiler
 from llavaforge.training.rehearsal import rehearse
 from llavaforge.training.saving import Saver
 from llavaforge.training.schedule import rate_factor, warmup
@@ -35,19 +38,25 @@ from llavaforge.training.signals import StopRequest
 from llavaforge.training.state import TrainState
 from llavaforge.training.step import OptimizerStep
 from llavaforge.training.trackers import open_tracker
+from llavaforge.training.usage import Usage, memory_by_part
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_or_resume(opened: OpenedStage, engine: Engine) -> TrainState:
+def prepare_or_resume(opened: OpenedStage, engine: Engine, clock: Clock) -> TrainState:
     """Give the model to the engine, with the weights and moments of a checkpoint where there is one.
+
+    Args:
+        opened: the stage.
+        engine: takes the model over.
+        clock: that the model is to tell what it is at.
 
     Returns:
         Where the run stands.
     """
     config, world, loaded = opened.config, engine.world, opened.loaded
     world.at("preparing the model")
-    step_module = StepModule(loaded.model, loaded.preprocessing, config.recompute_every)
+    step_module = StepModule(loaded.model, loaded.preprocessing, config.recompute_every, clock)
     if world.run_on_all(lambda: _compiles(opened, engine)):
         compile_layers(loaded.model, must=config.compile is True)
         logger.info("layers are compiled: the first step takes up to some minutes")
@@ -123,14 +132,16 @@ class Trainer:
         opened: what it works with.
         engine: prepared.
         state: where the run stands.
+        clock: that the model tells what it is at.
     """
 
-    def __init__(self, opened: OpenedStage, engine: Engine, state: TrainState) -> None:
+    def __init__(self, opened: OpenedStage, engine: Engine, state: TrainState, clock: Clock) -> None:
         self._opened, self._engine, self._world, self._state = opened, engine, engine.world, state
         self._saver = Saver(opened, engine, state)
         self._guards = Guards(opened, engine, state, self._saver)
         self._contract = Contract(opened.loaded.model, opened.groups, engine, state.num_moving_steps)
-        self._step = OptimizerStep(opened, engine, state)
+        self._step = OptimizerStep(opened, engine, state, clock)
+        self._clock, self._shown = clock, Usage()
         self._rehearses = engine.world.device.type != "cpu"  # whose memory ends in swapping, not in an error
 
     def train(self, stop: StopRequest) -> TrainResult:
@@ -149,24 +160,34 @@ class Trainer:
             self._opened.packs(self._opened.data.index, order, pin_memory) as packs,
             Bar("training", not world.is_writer, state.step / max(1, plan.num_steps), log_ends=True) as bar,
             open_tracker(config.report_to if world.is_writer else "none", config.output_dir) as tracker,
+            self._profiled() as profiled,
         ):
+            self._clock.read()  # what came before the first step is none of its parts
             while state.step < plan.num_steps:
                 begin_s = time.perf_counter()
                 world.at_step(state.step + 1, "reading images")
+                self._clock.begin(DATA)
                 mine, fault = _fetch(packs)
-                self._guards.agree(fault, stop)
+                with self._clock.during(COMMUNICATION):
+                    self._guards.agree(fault, stop)
+                self._clock.begin(OTHER)
                 result, line = self._take(mine, begin_s)
                 self._guards.look_at(result, line)
                 self._contract.prove_when_due(state)
                 if self._is_due(config.eval_steps) or self._is_last():
-                    self._evaluate(line)
+                    with self._clock.during(EVALUATION):
+                        self._evaluate(line)
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
                     self._show(bar, line)
                     tracker(line)
                     if file is not None:
                         file.write(**line)
                 if self._is_due(config.save_steps):
-                    self._saver.save()
+                    with self._clock.during(SAVING):
+                        self._saver.save()
+                profiled()
+        self._step.usage.add(self._clock.read())
+        logger.info("time: %s", self._step.usage)
         self._guards.check_learnt()
         self._contract.warn_unless_proved()
         self._guards.bad_samples.log_summary()
@@ -180,6 +201,7 @@ class Trainer:
             taken = self._step(packs, num_supervised, begin_s)
             if self._rehearses and not self._is_last():
                 rehearse(self._opened, self._engine)
+                logger.info(memory_by_part(self._opened, self._engine))
             self._rehearses = False
             return taken
         except (RuntimeError, MemoryError) as error:
@@ -194,12 +216,28 @@ class Trainer:
             self._guards.list_bad(self._state.step, faults, held_out=True)
             line["eval_loss"] = self._state.eval_loss = loss
 
+    @contextmanager
+    def _profiled(self) -> Iterator[Callable[[], None]]:
+        """Give a function to call after every step; within the block some of them are recorded if that is asked for."""
+        config, state = self._opened.config, self._state
+        if not config.profile or state.step == self._opened.plan.num_steps:
+            yield lambda: None
+            return
+        profiler = Profiler(config.output_dir, self._clock, self._world, state.step, self._opened.plan.num_steps)
+        with profiler.recording(lambda: f"{self._step.usage}\n{memory_by_part(self._opened, self._engine)}"):
+            yield profiler.step
+
     def _show(self, bar: Bar, line: dict[str, Any]) -> None:
+        """Put into a line what was used since the last one, and show it."""
+        usage = self._step.usage.since(self._shown)
+        self._shown = self._step.usage.copy()
+        line |= usage.metrics(self._step.peak_flops / self._world.size)
         num_steps = self._opened.plan.num_steps
         position = f"step {line['step']}/{num_steps}"
         if self._world.is_writer and "eval_loss" in line:
             logger.info("%s  held-out loss %.4f", position, line["eval_loss"])
         status = f"{position}  loss {line['loss']:.3f}  {line['tokens_per_s']:.0f} tokens/s  "
+        status += usage.waiting()
         bar.update(line["step"] / num_steps, status)
 
     def _is_due(self, every: int) -> bool:
