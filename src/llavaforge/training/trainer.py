@@ -149,24 +149,28 @@ class Trainer:
             self._opened.packs(self._opened.data.index, order, pin_memory) as packs,
             Bar("training", not world.is_writer, state.step / max(1, plan.num_steps), log_ends=True) as bar,
             open_tracker(config.report_to if world.is_writer else "none", config.output_dir) as tracker,
+            self._saver,
         ):
             while state.step < plan.num_steps:
                 begin_s = time.perf_counter()
                 world.at_step(state.step + 1, "reading images")
                 mine, fault = _fetch(packs)
-                self._guards.agree(fault, stop)
+                is_written = self._guards.agree(fault, stop)
                 result, line = self._take(mine, begin_s)
+                if is_written:
+                    self._saver.finish()  # after the step, whose time it is no part of
                 self._guards.look_at(result, line)
                 self._contract.prove_when_due(state)
                 if self._is_due(config.eval_steps) or self._is_last():
                     self._evaluate(line)
+                if self._is_due(config.save_steps):
+                    self._saver.save()
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
+                    line |= self._saver.take_times()
                     self._show(bar, line)
                     tracker(line)
                     if file is not None:
                         file.write(**line)
-                if self._is_due(config.save_steps):
-                    self._saver.save()
         self._guards.check_learnt()
         self._contract.warn_unless_proved()
         self._guards.bad_samples.log_summary()
