@@ -74,7 +74,7 @@ CLASSES = (
     FaultClass(
         "while a checkpoint is being written: a kill, a fault of the run, a fault of the disk, no memory for its copy",
         "the one before is gone on from; it is written first; on_save_error; training waits while it is written",
-        ("tests/checkpoint/test_writing.py",),
+        ("tests/checkpoint/test_writing.py", "tests/engine/test_zero_saving.py"),
     ),
     FaultClass(
         "memory is used up in a step",
