@@ -71,8 +71,8 @@ def page(counts: Sequence[tuple[int, int]], examples: int, costs: dict[str, Any]
         f"tried {sum(tried for tried, _ in inputs)}, refused clearly or read {sum(held for _, held in inputs)}.",
         "",
         f"A run of quickstart's parts on this machine: {costs['recovery_s']:.1f} s from a kill to the next step "
-        f"(a start of the program included), {costs['share_saving']:.1%} of the time spent saving at save_steps "
-        f"{costs['save_steps']}, {costs['save_s']:.2f} s a checkpoint.", "",
+        f"(a start of the program included); at save_steps {costs['save_steps']} training waits for saves for "
+        f"{costs['share_saving']:.1%} of the time, {costs['save_s']:.2f} s a checkpoint.", "",
         "`make soak` kills, signals, damages and starves runs at random for half an hour.", "",
         "## What does not apply", "",
         *(f"- {name}: {why}." for name, why in NOT_APPLICABLE.items()), "",

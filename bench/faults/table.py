@@ -72,6 +72,11 @@ CLASSES = (
          f"{OWN}::test_a_full_disk_is_told_by_name_and_leaves_the_old_file"),
     ),
     FaultClass(
+        "while a checkpoint is being written: a kill, a fault of the run, a fault of the disk, no memory for its copy",
+        "the one before is gone on from; it is written first; on_save_error; training waits while it is written",
+        ("tests/checkpoint/test_writing.py", "tests/engine/test_zero_saving.py"),
+    ),
+    FaultClass(
         "memory is used up in a step",
         "what to lower is named; whole weights are saved, half-changed ones are not",
         (f"{FAULTS}::test_out_of_memory_names_what_to_lower_and_saves_whole_weights_only",),
@@ -164,7 +169,6 @@ CLASSES = (
 
 NOT_APPLICABLE = {
     "remote images, SSRF, servers without a key, Gradio": "nothing is fetched or served; `demo` is not there yet",
-    "a save in the background fails": "saves are not made in the background",
     "a GPU's own faults (NCCL, device memory)": "no line has run on a GPU yet",
     "flipped bits in the middle of a JPEG": "the format has no checksum; a zip's CRC-32 is checked",
 }

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from bench.scaling.wire import Weights
-from llavaforge.checkpoint import state as checkpoints
 from llavaforge.checkpoint.resume import find_checkpoint
+from llavaforge.checkpoint.state import ParameterStates
 from llavaforge.clock import Clock
 from llavaforge.config.schema import TrainConfig
 from llavaforge.engine.base import Engine
@@ -34,6 +34,7 @@ from llavaforge.engine.plain import PlainEngine
 from llavaforge.engine.zero import ZeroEngine
 from llavaforge.training import run
 from llavaforge.training.opening import OpenedStage
+from llavaforge.training.saving import Saver
 
 # Where each collective has its whole tensor: keyword and place of the argument.
 _WHOLE = {
@@ -100,32 +101,24 @@ def tcp_bytes() -> int | None:
 
 def time_checkpoints(report: list[dict[str, Any]]) -> None:
     """Let every checkpoint that is saved be loaded at once, and put both times into `report`."""
-    save = checkpoints.save
+    save = Saver.save
 
-    def timed(
-        output_dir: Path,
-        engine: Engine,
-        step: int,
-        train_state: dict[str, Any],
-        run: dict[str, Any],
-        num_bytes: int,
-        keep: int,
-    ) -> Path:
-        world = engine.world
-        world.barrier()
+    def timed(saver: Saver) -> None:
+        engine, opened, state = saver._engine, saver._opened, saver._state
+        engine.world.barrier()
         begin = time.perf_counter()
-        folder = save(output_dir, engine, step, train_state, run, num_bytes, keep)
+        save(saver)
+        saver.finish()
         saved = time.perf_counter()
-        found = find_checkpoint(output_dir, "auto", run, (), world)
-        assert found == folder
-        engine.restore(checkpoints.ParameterStates(folder), step - train_state["num_skipped"])
-        world.barrier()
+        folder = find_checkpoint(opened.config.output_dir, "auto", opened.run, (), engine.world)
+        assert folder is not None and folder.name == f"checkpoint-{state.step}"
+        engine.restore(ParameterStates(folder), state.step - state.num_skipped)
+        engine.world.barrier()
         loaded = time.perf_counter()
         size = sum(path.stat().st_size for path in folder.iterdir())
         report.append({"bytes": size, "save_s": saved - begin, "load_s": loaded - saved})
-        return folder
 
-    checkpoints.save = timed
+    Saver.save = timed  # type: ignore[method-assign]
 
 
 def main(arguments: Sequence[str]) -> None:

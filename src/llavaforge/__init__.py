@@ -486,7 +486,7 @@ def train(
         max_skipped_steps: Steps in a row that may be skipped because loss or gradient is not finite; after more the run
             ends.
         dataloader_num_workers: Processes that decode images (0: the training process itself).
-        save_steps: A checkpoint every so many steps (0: none).
+        save_steps: A checkpoint every so many steps (0: none); training goes on while it is written.
         save_total_limit: Newest checkpoints kept.
         on_save_error: When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it.
         logging_steps: A line of metrics.jsonl every so many steps.

@@ -4,6 +4,7 @@ A job is the options of a run, and faults, which are injected on the ranks that 
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -20,6 +21,7 @@ from llavaforge.errors import StoppedEarly
 from llavaforge.model import loss
 from llavaforge.model.step import StepModule
 from llavaforge.processes.world import agreed
+from llavaforge.training import saving
 from llavaforge.training.guards import Guards
 from llavaforge.training.run import train
 from llavaforge.training.trainer import Trainer
@@ -35,9 +37,12 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
 
     `nan`: [rank, step] whose loss is not a number; `stop`: [rank, step] at which that rank is asked to stop; `chunk`: a
     number of supervised tokens from which the loss is computed in pieces; `die`: a step before which all ranks end;
-    `free`: bytes that the disk says are free.
+    `free`: bytes that the disk says are free; `memory`: bytes that the host says are; `write_after`: [rank, step] that
+    must be taken before that rank writes anything of a checkpoint; `write_fails`: a rank that can open no file of
+    a checkpoint.
     """
     forward, agree, chunk, usage = StepModule.forward, Guards.agree, loss.CHUNK, shutil.disk_usage
+    open_path, free_memory, is_taken = Path.open, saving.free_host_memory, threading.Event()
 
     def poisoned(self: StepModule, pack: Pack) -> torch.Tensor:
         total = forward(self, pack)
@@ -45,21 +50,35 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
             total * float("nan") if faults.get("nan") == [_rank(), pack.source.step] and total.requires_grad else total
         )
 
-    def stopped(self: Guards, fault: Any, stop: Any) -> None:
+    def open_for(self: Path, *arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name.startswith("checkpoint"):
+            if faults.get("write_fails") == _rank():
+                raise OSError(errno.EIO, "Input/output error")
+            if faults.get("write_after", [None])[0] == _rank():
+                assert is_taken.wait(300), "training waits for the checkpoint"
+        return open_path(self, *arguments, **options)
+
+    def stopped(self: Guards, fault: Any, stop: Any) -> bool:
+        if faults.get("write_after") == [_rank(), self.state.step]:
+            is_taken.set()
         if faults.get("die") == self.state.step:
             raise agreed(RuntimeError("killed"))  # of all ranks at once, so that none reports another's death
         if faults.get("stop") == [_rank(), self.state.step]:
             stop.exit_code = 75
-        agree(self, fault, stop)
+        return agree(self, fault, stop)
 
     StepModule.forward, Guards.agree = poisoned, stopped  # type: ignore[method-assign]
+    Path.open = open_for  # type: ignore[assignment,method-assign]
     loss.CHUNK = faults.get("chunk", chunk)
     if "free" in faults:
         shutil.disk_usage = lambda path: usage(path)._replace(free=faults["free"])
+    if "memory" in faults:
+        saving.free_host_memory = lambda: faults["memory"]
     try:
         yield
     finally:
-        shutil.disk_usage = usage
+        shutil.disk_usage, saving.free_host_memory = usage, free_memory
+        Path.open = open_path  # type: ignore[method-assign]
         StepModule.forward, Guards.agree, loss.CHUNK = forward, agree, chunk  # type: ignore[method-assign]
 
 

@@ -6,6 +6,7 @@ Comes in: `output_dir` and the run's identity. Goes out: a valid checkpoint or N
 import fcntl
 import logging
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Collection, Iterator
@@ -18,8 +19,8 @@ from llavaforge.checkpoint.identity import check_same_run
 from llavaforge.checkpoint.state import LATEST, PREFIX, RUN, TRAIN_STATE, load_run, steps_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
+from llavaforge.files import NEW, replace_text, to_json
 from llavaforge.files import PREFIX as OWN_PREFIX
-from llavaforge.files import replace_text, to_json
 from llavaforge.folders import differences, remove_leftovers, set_aside
 from llavaforge.processes.world import World
 
@@ -68,6 +69,8 @@ def _claim(output_dir: Path, run: dict[str, Any], allowed: Collection[str], held
     lock.write(secrets.token_hex(8))
     lock.flush()
     remove_leftovers(output_dir)
+    for unfinished in output_dir.glob(f"{OWN_PREFIX}-*-{NEW}-{PREFIX}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that another machine was killed in: the lock is ours
     replace_text(output_dir / RUN, to_json(run, indent=1) + "\n")
 
 

@@ -361,7 +361,7 @@ class TrainConfig(DataOptions):
     """Processes that decode images (0: the training process itself)."""
 
     save_steps: Changeable[NonNegativeInt] = 500
-    """A checkpoint every so many steps (0: none)."""
+    """A checkpoint every so many steps (0: none); training goes on while it is written."""
     save_total_limit: Changeable[PositiveInt] = 2
     """Newest checkpoints kept."""
     on_save_error: Changeable[Literal["stop", "continue"]] = "stop"

@@ -112,19 +112,27 @@ def write_shards(
     Returns:
         The files that hold tensors, in order.
     """
-    shards = write_numbered(folder, stem, tensors, max_shard_bytes)
-    return name_shards(folder, stem, [(path.name, names) for path, names in shards])
+    shards = []
+    for number, shard in enumerate(in_shards(tensors, max_shard_bytes), start=1):
+        path = folder / f"{stem}-{number:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        shards.append((path.name, list(shard)))
+        shard.clear()
+    return name_shards(folder, stem, shards)
 
 
-def write_numbered(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[tuple[Path, list[str]]]:
-    """Write a stream of tensors as `{stem}-00001.safetensors` and so on; hold one shard at most.
+def in_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Gather a stream of tensors into one file's after the other; there is at least one, which may be empty.
 
-    Returns:
-        The files and the names of the tensors in each; `name_shards` gives them their final names.
+    Args:
+        tensors: names and tensors.
+        max_shard_bytes: a shard ends before it grows past this (a larger tensor gets its own shard).
+
+    Yields:
+        A shard; clear it when it is written, and only one is ever held.
     """
-    shards: list[tuple[Path, list[str]]] = []
     shard: dict[str, torch.Tensor] = {}
     seen: set[str] = set()
     shard_bytes = 0
@@ -132,13 +140,12 @@ def write_numbered(
         assert name not in seen, f"tensor {name} is written twice"
         seen.add(name)
         if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            shards.append(_save_shard(folder, stem, len(shards), shard))
+            yield shard
             shard, shard_bytes = {}, 0
         shard[name] = tensor.detach().cpu().contiguous()
         shard_bytes += tensor.nbytes
         del tensor
-    shards.append(_save_shard(folder, stem, len(shards), shard))
-    return shards
+    yield shard
 
 
 def name_shards(folder: Path, stem: str, shards: Sequence[tuple[str, Sequence[str]]]) -> list[Path]:
@@ -254,12 +261,6 @@ def _indexed(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise UserError(f"{index.parent / name}: missing, but {index.name} names it. Download or copy it again.")
     return [index.parent / name for name in names]
-
-
-def _save_shard(folder: Path, stem: str, number: int, shard: dict[str, torch.Tensor]) -> tuple[Path, list[str]]:
-    path = folder / f"{stem}-{number + 1:05d}.safetensors"
-    save_file(shard, path, metadata={"format": "pt"})
-    return path, list(shard)
 
 
 def _tensor_bytes(path: Path) -> int:

@@ -39,12 +39,13 @@ class World:
         size: number of processes.
         device: where its tensors live.
         is_first_on_host: whether no lower rank runs on the same host.
+        num_on_host: number of processes on the same host.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
         self.device = device or pick_device()
-        self.is_first_on_host = True
+        self.is_first_on_host, self.num_on_host = True, 1
         self._control_group: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None
         self._has_failed = False
@@ -180,7 +181,9 @@ class World:
         )  # fmt: skip
         self._control_group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         hosts = self.all_gather_objects((socket.gethostname(), _device_id(self.device)))
-        self.is_first_on_host = hosts[self.rank][0] not in [host for host, _ in hosts[: self.rank]]
+        names = [host for host, _ in hosts]
+        self.is_first_on_host = names[self.rank] not in names[: self.rank]
+        self.num_on_host = names.count(names[self.rank])
         self.run_on_all(lambda: _check_devices(hosts, self.rank))
 
 

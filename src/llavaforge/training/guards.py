@@ -49,19 +49,23 @@ class Guards:
         self._num_lost_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
 
-    def agree(self, fault: UserError | None, stop: StopRequest) -> None:
+    def agree(self, fault: UserError | None, stop: StopRequest) -> bool:
         """Stop on all processes when one must.
 
         Args:
             fault: of a pack of this process.
             stop: a request to this process.
 
+        Returns:
+            Whether no process is still writing a checkpoint.
+
         Raises:
             UserError: the data of one process is at fault.
             StoppedEarly: one process was asked to stop.
         """
         self._world.at_step(self.state.step + 1, "waiting for the other processes to have read their images")
-        has_fault, code = self._world.all_reduce_max([float(fault is not None), float(stop.exit_code)])
+        mine = [float(fault is not None), float(stop.exit_code), float(self._saver.is_writing)]
+        has_fault, code, is_writing = self._world.all_reduce_max(mine)
         if has_fault:
             faults = self._world.all_gather_objects((str(fault), fault.exit_code) if fault else None)
             text, exit_code = next(one for one in faults if one)
@@ -70,6 +74,7 @@ class Guards:
             saved = self._saver.save_what_is_done()
             text = f"stopped after step {self.state.step}. {saved} Start again to go on."
             self._world.fail(StoppedEarly(text, int(code)))
+        return not is_writing
 
     def leave_out(self, packs: Sequence[Pack]) -> int:
         """Count and list the samples of this step that could not be read; return its supervised tokens without them.

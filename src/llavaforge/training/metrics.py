@@ -3,7 +3,9 @@
 Comes in: counts per step. Goes out: `output_dir/metrics.jsonl`, `loss.png`, lines on stderr. One line of metrics.jsonl:
 
     {"step": 12, "epoch": 0.1, "loss": 2.31, "grad_norm": 1.7, "learning_rate": 0.001, "samples_per_s": 31.2,
-     "tokens_per_s": 19501.0, "mfu": 0.31}
+     "tokens_per_s": 19501.0, "mfu": 0.31, "save_time_s": 0.8, "save_write_time_s": 21.4}
+
+The last two are there only when something was saved since the line before (`Saver.take_times`).
 """
 
 import io

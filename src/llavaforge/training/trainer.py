@@ -160,6 +160,7 @@ class Trainer:
             self._opened.packs(self._opened.data.index, order, pin_memory) as packs,
             Bar("training", not world.is_writer, state.step / max(1, plan.num_steps), log_ends=True) as bar,
             open_tracker(config.report_to if world.is_writer else "none", config.output_dir) as tracker,
+            self._saver,
             self._profiled() as profiled,
         ):
             self._clock.read()  # what came before the first step is none of its parts
@@ -169,22 +170,26 @@ class Trainer:
                 self._clock.begin(DATA)
                 mine, fault = _fetch(packs)
                 with self._clock.during(COMMUNICATION):
-                    self._guards.agree(fault, stop)
+                    is_written = self._guards.agree(fault, stop)
                 self._clock.begin(OTHER)
                 result, line = self._take(mine, begin_s)
+                if is_written:
+                    with self._clock.during(SAVING):
+                        self._saver.finish()  # after the step, whose time it is no part of
                 self._guards.look_at(result, line)
                 self._contract.prove_when_due(state)
                 if self._is_due(config.eval_steps) or self._is_last():
                     with self._clock.during(EVALUATION):
                         self._evaluate(line)
+                if self._is_due(config.save_steps):
+                    with self._clock.during(SAVING):
+                        self._saver.save()
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
+                    line |= self._saver.take_times()
                     self._show(bar, line)
                     tracker(line)
                     if file is not None:
                         file.write(**line)
-                if self._is_due(config.save_steps):
-                    with self._clock.during(SAVING):
-                        self._saver.save()
                 profiled()
         self._step.usage.add(self._clock.read())
         logger.info("time: %s", self._step.usage)
