@@ -234,6 +234,7 @@ class Trainer:
 
     def _show(self, bar: Bar, line: dict[str, Any]) -> None:
         """Put into a line what was used since the last one, and show it."""
+        self._step.usage.add(self._clock.read())
         usage = self._step.usage.since(self._shown)
         self._shown = self._step.usage.copy()
         line |= usage.metrics(self._step.peak_flops / self._world.size)
