@@ -113,3 +113,13 @@ def test_stages_have_no_stages(tmp_path: Path) -> None:
     path.write_text("model_name_or_path: m\ndata_path: d\nstages:\n- {name: a, stages: [{name: b}]}\n")
     with pytest.raises(UserError, match="has `stages` of its own"):
         parse("data check", [str(path)])
+
+
+def test_an_option_of_several_types_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UserError) as refused:
+        parse(
+            "train", [*"--model_name_or_path=m --data_path=d --output_dir=o".split(), "--gradient_checkpointing=some"]
+        )
+    told = str(refused.value)
+    assert told.count("gradient_checkpointing") == 1
+    assert told.endswith("'some': Input should be a valid boolean, or a valid integer, or 'auto'.")

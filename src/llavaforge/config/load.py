@@ -19,6 +19,7 @@ from llavaforge.errors import UserError, reason
 SchemaT = TypeVar("SchemaT", bound=Schema)
 
 _MOST_BYTES, _MOST_VALUES = 1_000_000, 10_000  # of a recipe
+_ALLOWED = ": Input should be "  # pydantic's words
 
 
 def build(schema: type[SchemaT], values: Mapping[str, Any], where: str) -> SchemaT:
@@ -36,7 +37,7 @@ def build(schema: type[SchemaT], values: Mapping[str, Any], where: str) -> Schem
         return schema.model_validate(dict(values))
     except ValidationError as error:
         lines = [_explain(dict(problem), schema) for problem in error.errors()]
-        raise UserError(f"{where}: " + "\n".join(dict.fromkeys(lines))) from None
+        raise UserError(f"{where}: " + "\n".join(_merged(lines))) from None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -97,6 +98,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{matches[0]}`?" if matches else ""
+
+
+def _merged(lines: Iterable[str]) -> list[str]:
+    """Make one line of what is said of an option that may be of one type or another."""
+    merged: dict[str, list[str]] = {}
+    for line in lines:
+        about, divider, allowed = line.partition(_ALLOWED)
+        merged.setdefault(about + divider, []).append(allowed.partition(", unable to")[0].rstrip("."))
+    return [
+        about + ", or ".join(dict.fromkeys(kinds)) + "." if about.endswith(_ALLOWED) else about
+        for about, kinds in merged.items()
+    ]
 
 
 def _explain(problem: dict[str, Any], schema: type[Schema]) -> str:

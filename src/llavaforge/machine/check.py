@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from llavaforge.config.schema import EnvConfig
 from llavaforge.config.train_types import TRAIN_TYPES
@@ -205,14 +204,13 @@ def _line(check: dict[str, Any]) -> str:
 
 
 def _show(facts: dict[str, Any], console: Console) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts.items():
         if isinstance(value, dict):
             value = "  ".join(f"{key} {one}" for key, one in value.items() if one is not None)
         elif isinstance(value, list):
             value = "  ".join(str(one) for one in value)
-        table.add_row(name, "-" if value in (None, "") else str(value))
-    console.print(table)
+        text = "-" if value in (None, "") else str(value)
+        console.print(f"{name:<16}{text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _name(dtype: torch.dtype) -> str:

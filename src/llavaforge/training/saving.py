@@ -114,7 +114,8 @@ class Saver:
         except EndedElsewhere:
             pass
         where = f"saved in {self._folder}" if self._folder.exists() else "not saved"
-        return f"The {self._state.step} steps done so far are {where}."
+        step = self._state.step
+        return f"The {step} steps done so far are {where}." if step > 1 else f"The first step is {where}."
 
     def newest(self) -> str:
         """Return a sentence that names the newest checkpoint."""
