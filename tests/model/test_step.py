@@ -14,7 +14,7 @@ from llavaforge.data.text.sample import IGNORE_INDEX, Sample
 from llavaforge.engine.base import AdamWOptions
 from llavaforge.engine.plain import PlainEngine
 from llavaforge.model.load import LoadedModel, load_model
-from llavaforge.model.loss import loss_sum
+from llavaforge.model.loss import LossHead
 from llavaforge.model.step import StepModule
 from llavaforge.model.tower import normalize
 from llavaforge.model.trainable import parameter_groups
@@ -152,13 +152,14 @@ def test_loss_in_chunks_equals_loss_in_one(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(8, 20), torch.randn(50, 8, requires_grad=True)
     places, targets = torch.arange(0, 46, 2), torch.randint(0, 20, (23,))
-    whole = loss_sum(head, hidden, places, targets)
+    loss_head = LossHead(head)
+    whole = loss_head(hidden, places, targets)
     whole.backward()
     weight, at_hidden = head.weight.grad.clone(), hidden.grad.clone()
     head.zero_grad()
     hidden.grad = None
     monkeypatch.setattr("llavaforge.model.loss.CHUNK", 5)
-    chunked = loss_sum(head, hidden, places, targets)
+    chunked = loss_head(hidden, places, targets)
     chunked.backward()
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(head.weight.grad, weight)

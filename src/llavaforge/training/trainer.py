@@ -154,8 +154,8 @@ class Trainer:
                 begin_s = time.perf_counter()
                 world.at_step(state.step + 1, "reading images")
                 mine, fault = _fetch(packs)
-                self._guards.agree(fault, stop)
-                result, line = self._take(mine, begin_s)
+                num_supervised = self._guards.agree(mine, fault, stop)
+                result, line = self._take(mine, num_supervised, begin_s)
                 self._guards.look_at(result, line)
                 self._contract.prove_when_due(state)
                 if self._is_due(config.eval_steps) or self._is_last():
@@ -173,9 +173,8 @@ class Trainer:
         self._saver.draw()
         return self._result()
 
-    def _take(self, packs: list[Pack], begin_s: float) -> tuple[StepResult, dict[str, Any]]:
+    def _take(self, packs: list[Pack], num_supervised: int, begin_s: float) -> tuple[StepResult, dict[str, Any]]:
         """Take a step with its packs."""
-        num_supervised = self._guards.leave_out(packs)
         try:
             taken = self._step(packs, num_supervised, begin_s)
             if self._rehearses and not self._is_last():
