@@ -62,6 +62,16 @@ def test_a_rank_that_has_only_text_keeps_up(
     assert_same_curve(one, tmp_path / "two")
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_processes_tell_each_other_two_things_a_step(
+    stage: str, two_ranks: RankPool, tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """Whether and on what the step can be taken, and what it came to; a counter that may only go down."""
+    values = options(deepspeed=stage, on_bad_sample="skip")
+    answers = two_ranks.run(train_config(tiny_llava, shapes / "train", tmp_path / "two", **values))
+    assert [answer["messages"][3:6] for answer in answers] == [[2, 2, 2], [2, 2, 2]]  # steps 4 to 6 of 6
+
+
 def test_tied_embeddings_under_zero_3(
     two_ranks: RankPool, tiny_clip: Path, tiny_lm: Callable[[str], Path], shapes: Path, tmp_path: Path
 ) -> None:
