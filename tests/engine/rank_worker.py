@@ -142,12 +142,12 @@ def counted() -> Iterator[dict[str, Any]]:
 
 def serve(jobs: "Connection[Any, Any]") -> None:
     """Do one job after the other, until there is nobody any more to give one."""
-    torch.set_num_threads(1)
     while True:
         try:
             config, faults = jobs.recv()
         except EOFError:
             return
+        torch.set_num_threads(1)
         memory = AnonymousMemory()
         try:
             with injected(faults), counted() as counts, before_step_1(memory.end):
@@ -155,3 +155,9 @@ def serve(jobs: "Connection[Any, Any]") -> None:
         except (Exception, StoppedEarly) as error:
             answer = {"error": type(error).__name__, "message": str(error), "code": getattr(error, "exit_code", 1)}
         jobs.send(answer | {"loading_bytes": memory.end()})
+
+
+def threads_after(config: TrainConfig) -> int:
+    """Train, and return how many threads torch uses then."""
+    train(config)
+    return torch.get_num_threads()

@@ -39,12 +39,14 @@ class World:
         size: number of processes.
         device: where its tensors live.
         is_first_on_host: whether no lower rank runs on the same host.
+        num_cores: processor cores of its own, once it has joined; the launcher may have set fewer threads.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
         self.device = device or pick_device()
         self.is_first_on_host = True
+        self.num_cores = 1
         self._control_group: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None
         self._has_failed = False
@@ -182,6 +184,8 @@ class World:
         hosts = self.all_gather_objects((socket.gethostname(), _device_id(self.device)))
         self.is_first_on_host = hosts[self.rank][0] not in [host for host, _ in hosts[: self.rank]]
         self.run_on_all(lambda: _check_devices(hosts, self.rank))
+        cores = self.all_gather_objects((socket.gethostname(), os.sched_getaffinity(0)))
+        self.num_cores = share_of_cores(cores, self.rank)
 
 
 _open: list[World] = []  # at most one
@@ -277,6 +281,16 @@ def _own_device() -> torch.device:
 
 def _device_id(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def share_of_cores(cores: Sequence[tuple[str, set[int]]], rank: int) -> int:
+    """Return how many cores a process has for itself.
+
+    Args:
+        cores: host of each rank, and the cores that it may run on: all of them under torchrun, its own under srun.
+        rank: of the process.
+    """
+    return max(1, len(cores[rank][1]) // cores.count(cores[rank]))
 
 
 def _check_devices(hosts: Sequence[tuple[str, str]], rank: int) -> None:
