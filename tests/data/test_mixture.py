@@ -22,6 +22,7 @@ from rich.console import Console
 from llavaforge.config.schema import DataEntry, DataOptions, SampleOptions, TrainConfig
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.index.open import open_index
+from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.mixture import Mixture, drop_quarantined, mix, split_held_out
 from llavaforge.data.order.plan import Plan
 from llavaforge.errors import StoppedEarly, UserError
@@ -226,10 +227,10 @@ def test_a_mixture_of_three_stopped_and_resumed_equals_uninterrupted(
         assert re.search(rf"{path}\b.*{numbers}", told)
     agree = Guards.agree
 
-    def agree_or_stop(self: Guards, fault: UserError | None, stop: Any) -> None:
+    def agree_or_stop(self: Guards, packs: list[Pack], fault: UserError | None, stop: Any) -> int:
         if self.state.step == 7:
             stop.exit_code = 75
-        agree(self, fault, stop)
+        return agree(self, packs, fault, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(Guards, "agree", agree_or_stop)

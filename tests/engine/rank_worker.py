@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from llavaforge.config.schema import TrainConfig
@@ -20,10 +21,11 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.errors import StoppedEarly
 from llavaforge.model import loss
 from llavaforge.model.step import StepModule
-from llavaforge.processes.world import agreed
+from llavaforge.processes.world import World, agreed
 from llavaforge.training import saving
 from llavaforge.training.guards import Guards
 from llavaforge.training.run import train
+from llavaforge.training.step import OptimizerStep
 from llavaforge.training.trainer import Trainer
 
 
@@ -58,14 +60,14 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
                 assert is_taken.wait(300), "training waits for the checkpoint"
         return open_path(self, *arguments, **options)
 
-    def stopped(self: Guards, fault: Any, stop: Any) -> bool:
+    def stopped(self: Guards, packs: list[Pack], fault: Any, stop: Any) -> tuple[int, bool]:
         if faults.get("write_after") == [_rank(), self.state.step]:
             is_taken.set()
         if faults.get("die") == self.state.step:
             raise agreed(RuntimeError("killed"))  # of all ranks at once, so that none reports another's death
         if faults.get("stop") == [_rank(), self.state.step]:
             stop.exit_code = 75
-        return agree(self, fault, stop)
+        return agree(self, packs, fault, stop)
 
     StepModule.forward, Guards.agree = poisoned, stopped  # type: ignore[method-assign]
     Path.open = open_for  # type: ignore[assignment,method-assign]
@@ -121,18 +123,60 @@ class AnonymousMemory:
         return self.grown_bytes
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, Any]]:
+    """Count what ranks wait for each other for in a run.
+
+    `invalid_traces`: how often ZeRO-3 found that a pass calls other modules than the one before, so that it cannot
+    fetch weights ahead; `messages`: what `World` told the others in each step, from the end of the last one on.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    counts: dict[str, Any] = {"invalid_traces": 0, "messages": [0]}
+    invalidate, step = Coordinator._invalidate_trace, OptimizerStep.__call__
+
+    def invalidated(self: Any) -> None:
+        counts["invalid_traces"] += 1
+        invalidate(self)
+
+    def stepped(self: OptimizerStep, *arguments: Any) -> Any:
+        taken = step(self, *arguments)
+        counts["messages"].append(0)
+        return taken
+
+    def telling(function: Any) -> Any:
+        def told(*arguments: Any) -> Any:
+            counts["messages"][-1] += 1
+            return function(*arguments)
+
+        return told
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "_invalidate_trace", invalidated)
+        patch.setattr(OptimizerStep, "__call__", stepped)
+        for name in ("_reduce", "all_gather_objects", "broadcast_object", "barrier"):
+            patch.setattr(World, name, telling(getattr(World, name)))
+        yield counts
+
+
 def serve(jobs: "Connection[Any, Any]") -> None:
     """Do one job after the other, until there is nobody any more to give one."""
-    torch.set_num_threads(1)
     while True:
         try:
             config, faults = jobs.recv()
         except EOFError:
             return
+        torch.set_num_threads(1)
         memory = AnonymousMemory()
         try:
-            with injected(faults), before_step_1(memory.end):
-                answer: dict[str, Any] = {"result": train(TrainConfig.model_validate(config))}
+            with injected(faults), counted() as counts, before_step_1(memory.end):
+                answer: dict[str, Any] = {"result": train(TrainConfig.model_validate(config)), **counts}
         except (Exception, StoppedEarly) as error:
             answer = {"error": type(error).__name__, "message": str(error), "code": getattr(error, "exit_code", 1)}
         jobs.send(answer | {"loading_bytes": memory.end()})
+
+
+def threads_after(config: TrainConfig) -> int:
+    """Train, and return how many threads torch uses then."""
+    train(config)
+    return torch.get_num_threads()

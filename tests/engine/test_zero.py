@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from llavaforge.model_folder.tensors import open_tensors
-from ranks import RankPool
+from llavaforge.processes.workers import num_cores
+from rank_worker import threads_after
+from ranks import RankPool, free_port, rank_environment
 from train_tools import TRAIN_TYPES, tensors_of, train_config
+from warm import WarmProcess
 from zero_tools import STAGES, STEPS, Alone, assert_close_tensors, assert_same_curve, curve, held_out, options
 
 OFFLOAD = "offload"
@@ -24,7 +27,7 @@ def cpu_adam(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     Once per machine (torch keeps it), and 90 s of a core. Who fails here fails in the test that needs it, with
     the reason.
     """
-    if not any(OFFLOAD in item.name for item in request.session.items):
+    if not any(OFFLOAD in item.name or "on_the_cpu" in item.name for item in request.session.items):
         yield lambda: None
         return
     build = subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -111,3 +114,16 @@ def test_an_optimizer_on_the_cpu_takes_the_same_steps(
     cpu_adam()
     two_ranks.train(train_config(tiny_llava, shapes / "train", tmp_path / "two", deepspeed=stage, **options()))
     assert_same_curve(one, tmp_path / "two")
+
+
+def test_an_optimizer_on_the_cpu_uses_all_cores_although_torchrun_allows_one_thread(
+    cpu_adam: Callable[[], None], tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    config = train_config(
+        tiny_llava, shapes / "train", tmp_path / "run", **options(max_steps=1, deepspeed=f"zero2-{OFFLOAD}")
+    )
+    cpu_adam()
+    environment = rank_environment(0, 1, free_port())
+    assert environment["OMP_NUM_THREADS"] == "1"
+    process = WarmProcess(threads_after, config, env=environment, log=tmp_path / "log")
+    assert process.wait() == num_cores(), (tmp_path / "log").read_text()

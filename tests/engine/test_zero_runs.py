@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llavaforge.config.schema import CustomizeModelConfig
+from llavaforge.config.schema import CustomizeModelConfig, shipped_deepspeed
 from llavaforge.errors import StoppedEarly
 from llavaforge.join.parts import customize_model
 from llavaforge.model_folder.tensors import open_tensors
@@ -36,17 +36,40 @@ def mixed(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def zero3_of_real_size(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """ZeRO-3 that lets go of every weight after its use, as it must where not all of them fit."""
+    settings = json.loads(shipped_deepspeed()["zero3"].read_text())
+    settings["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    path = tmp_path_factory.mktemp("deepspeed") / "zero3.json"
+    path.write_text(json.dumps(settings))
+    return str(path)
+
+
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_rank_that_has_only_text_keeps_up(
-    stage: str, train_type: str, alone: Alone, two_ranks: RankPool, tiny_llava: Path, mixed: Path, tmp_path: Path
-) -> None:
+    stage: str, train_type: str, zero3_of_real_size: str, alone: Alone, two_ranks: RankPool, tiny_llava: Path,
+    mixed: Path, tmp_path: Path,
+) -> None:  # fmt: skip
     values = options(train_type=train_type, global_batch_size=2, per_device_train_batch_size=1, max_steps=10)
     values |= {"gradient_checkpointing": True, "validation_split": 7, "eval_steps": 5}
     faults = {"chunk": 50}  # so that ranks differ in the pieces of their loss as well
     one, _ = alone(tiny_llava, mixed, faults, **values)
-    two_ranks.train(train_config(tiny_llava, mixed, tmp_path / "two", deepspeed=stage, **values), **faults)
+    values |= {"deepspeed": zero3_of_real_size if stage == "zero3" else stage}
+    answers = two_ranks.run(train_config(tiny_llava, mixed, tmp_path / "two", **values), **faults)
+    assert [answer.get("invalid_traces") for answer in answers] == [0, 0], answers
     assert_same_curve(one, tmp_path / "two")
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_processes_tell_each_other_two_things_a_step(
+    stage: str, two_ranks: RankPool, tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """Whether and on what the step can be taken, and what it came to; a counter that may only go down."""
+    values = options(deepspeed=stage, on_bad_sample="skip")
+    answers = two_ranks.run(train_config(tiny_llava, shapes / "train", tmp_path / "two", **values))
+    assert [answer["messages"][3:6] for answer in answers] == [[2, 2, 2], [2, 2, 2]]  # steps 4 to 6 of 6
 
 
 def test_tied_embeddings_under_zero_3(

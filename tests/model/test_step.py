@@ -2,24 +2,18 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.text.sample import IGNORE_INDEX, Sample
-from llavaforge.engine.base import AdamWOptions
-from llavaforge.engine.plain import PlainEngine
 from llavaforge.model.load import LoadedModel, load_model
-from llavaforge.model.loss import loss_sum
+from llavaforge.model.loss import LossHead
 from llavaforge.model.step import StepModule
 from llavaforge.model.tower import normalize
-from llavaforge.model.trainable import parameter_groups
-from llavaforge.processes.world import World
-from train_tools import TRAIN_TYPES, open_packs, pack_of, train_config
+from train_tools import open_packs, pack_of, train_config
 
 NUM_SAMPLES = 6
 
@@ -152,47 +146,15 @@ def test_loss_in_chunks_equals_loss_in_one(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(8, 20), torch.randn(50, 8, requires_grad=True)
     places, targets = torch.arange(0, 46, 2), torch.randint(0, 20, (23,))
-    whole = loss_sum(head, hidden, places, targets)
+    loss_head = LossHead(head)
+    whole = loss_head(hidden, places, targets)
     whole.backward()
     weight, at_hidden = head.weight.grad.clone(), hidden.grad.clone()
     head.zero_grad()
     hidden.grad = None
     monkeypatch.setattr("llavaforge.model.loss.CHUNK", 5)
-    chunked = loss_sum(head, hidden, places, targets)
+    chunked = loss_head(hidden, places, targets)
     chunked.backward()
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(head.weight.grad, weight)
     torch.testing.assert_close(hidden.grad, at_hidden)
-
-
-class HostWaits(TorchDispatchMode):
-    """Counts the operations that make the host wait for a device: what reads a number, or asks how many there are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(
-            word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
-        ):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("train_type", TRAIN_TYPES)
-def test_the_host_does_not_wait_for_the_device_within_a_micro_step(
-    train_type: str, loaded: LoadedModel, shapes: Path, tmp_path: Path
-) -> None:
-    config = train_config(loaded.path, shapes / "train", tmp_path, train_type=train_type)
-    _, dataset = open_packs(loaded, config)
-    groups = parameter_groups(loaded.model, config)
-    engine = PlainEngine(World())
-    engine.prepare(
-        StepModule(loaded.model, loaded.preprocessing), groups, AdamWOptions(0.9, 0.999, 1e-8, 1.0), torch.float32
-    )
-    pack = pack_of(dataset, *range(NUM_SAMPLES))
-    engine.micro_step(pack, 1.0)
-    with HostWaits() as waits:
-        engine.micro_step(pack, 1.0)
-    assert waits.found == []

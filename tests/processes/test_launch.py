@@ -5,7 +5,7 @@ import pytest
 from llavaforge.engine.zero import deal
 from llavaforge.errors import UserError
 from llavaforge.processes.launch import num_processes
-from llavaforge.processes.world import _check_devices
+from llavaforge.processes.world import _check_devices, share_of_cores
 
 STEP = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5",
@@ -65,3 +65,12 @@ def test_dealing_gives_everybody_about_the_same() -> None:
         totals[owner] += sizes[name]
     assert max(totals) < 1.1 * min(totals)
     assert deal(sizes, 4) == deal(dict(reversed(sizes.items())), 4)  # all ranks must agree
+
+
+def test_processes_that_may_run_on_the_same_cores_share_them() -> None:
+    everything = {0, 1, 2, 3, 4, 5, 6, 7}
+    torchrun = [(host, everything) for host in ("a", "a", "a", "b")]
+    assert [share_of_cores(torchrun, rank) for rank in range(4)] == [2, 2, 2, 8]
+    srun = [("a", {0, 1, 2, 3}), ("a", {4, 5, 6, 7}), ("b", {0, 1, 2, 3})]
+    assert [share_of_cores(srun, rank) for rank in range(3)] == [4, 4, 4]
+    assert share_of_cores([("a", {0})] * 3, 1) == 1

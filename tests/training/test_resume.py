@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llavaforge.data.load.loader import PackDataset
+from llavaforge.data.load.pack import Pack
 from llavaforge.errors import StoppedEarly, UserError
 from llavaforge.folders import differences
 from llavaforge.training.guards import Guards
@@ -95,10 +96,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask for a stop as a signal would, at a chosen step."""
     agree = Guards.agree
 
-    def agree_or_stop(self: Guards, fault: UserError | None, stop: Any) -> None:
+    def agree_or_stop(self: Guards, packs: list[Pack], fault: UserError | None, stop: Any) -> int:
         if self.state.step == step:
             stop.exit_code = 75
-        agree(self, fault, stop)
+        return agree(self, packs, fault, stop)
 
     monkeypatch.setattr(Guards, "agree", agree_or_stop)
 

@@ -16,6 +16,7 @@ Facts of DeepSpeed 0.19.8 that this file works around:
 
 import heapq
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,6 +170,8 @@ class ZeroEngine:
         if offloads_optimizer(self._settings):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+            if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # as torchrun sets it; more is the user's wish
+                torch.set_num_threads(self.world.num_cores)  # DeepSpeed's optimizer uses torch's threads
             return DeepSpeedCPUAdam(parameters, lr=0.0, betas=options.betas, eps=options.epsilon, adamw_mode=True)
         return torch.optim.AdamW(parameters, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True)
 

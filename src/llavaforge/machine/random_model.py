@@ -122,8 +122,7 @@ def random_packs(
             total = int(length) + size.num_image_tokens
             rows.append(Row(0, "", count, "", (ImageRef(""),), ids, spans, total))
             pixels.append(rng.integers(0, 256, (3, size.image_size, size.image_size), dtype=np.uint8))
-        most = int(num_supervised[micro].sum())
-        source = MicroBatch(0, tuple(range(num_samples)), micro == number - 1, int(num_supervised.sum()), most)
+        source = MicroBatch(0, tuple(range(num_samples)), micro == number - 1, int(num_supervised.sum()))
         yield make_pack(rows, pixels, size.vocab_size - 1, size.num_image_tokens, source)
 
 

@@ -13,7 +13,7 @@ from llavaforge.clock import LANGUAGE_MODEL, TOWER, Clock
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model.attention import Borders, use_packed_attention
-from llavaforge.model.loss import CHUNK, loss_sum
+from llavaforge.model.loss import CHUNK, LossHead
 from llavaforge.model.tower import normalize, tower_features
 
 
@@ -38,6 +38,7 @@ class StepModule(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.loss_head = LossHead(model.lm_head)
         self._begin = clock.begin if clock is not None else lambda part: None
         self.preprocessing = preprocessing
         self.runs_all_modules = False
@@ -49,15 +50,14 @@ class StepModule(nn.Module):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""
-        images_IPD = self._image_features(pack.pixels_ICHW) if pack.num_images else self._blank_features()
-        hidden_TD = self._text_model(pack, images_IPD if pack.num_images else None)
-        most = pack.source.most_supervised
-        total = loss_sum(self.model.lm_head, hidden_TD, pack.predictors_S, pack.targets_S, most)
-        return total if pack.num_images else total + 0.0 * images_IPD.sum().float()
+        total: torch.Tensor = self.loss_head(self._text_model(pack), pack.predictors_S, pack.targets_S)
+        if pack.num_images or self.runs_all_modules or not torch.is_grad_enabled():
+            return total
+        return total + 0.0 * self._blank_features().sum().float()
 
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
-        hidden_TD = self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
+        hidden_TD = self._text_model(pack)
         pieces = zip(
             hidden_TD.index_select(0, pack.predictors_S).split(CHUNK), pack.targets_S.split(CHUNK), strict=True
         )
@@ -65,16 +65,18 @@ class StepModule(nn.Module):
             [cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in pieces]
         )
 
-    def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None) -> torch.Tensor:
+    def _text_model(self, pack: Pack) -> torch.Tensor:
         """Return the last hidden states, (T, D).
 
         Features are put in by index: the stock model looks for the image tokens on the device, and waits for it twice.
         """
         model = self.model.model
         embedded_TD = model.get_input_embeddings()(pack.ids_T)
-        if images_IPD is not None:
-            features_MD = images_IPD.flatten(0, 1).to(embedded_TD.dtype)
+        if pack.num_images:
+            features_MD = self._image_features(pack.pixels_ICHW).flatten(0, 1).to(embedded_TD.dtype)
             embedded_TD = embedded_TD.index_copy(0, pack.image_positions_M, features_MD)
+        elif self.runs_all_modules:
+            embedded_TD = embedded_TD + 0.0 * self._blank_features().sum().to(embedded_TD.dtype)
         outputs = model.language_model(
             inputs_embeds=embedded_TD.unsqueeze(0),
             position_ids=pack.position_ids_T.unsqueeze(0),
@@ -104,6 +106,7 @@ class StepModule(nn.Module):
         """Return features for a pack without images, which hang on all that learns of projector and tower.
 
         Times zero they give it a gradient too; else ranks with and without images would wait for each other for ever.
+        Under ZeRO-3 they do at the language model's input, so that the backward pass is the same as well.
         """
         config, projector = self.model.config, self.model.model.multi_modal_projector
         parameter = next(projector.parameters())

@@ -38,14 +38,15 @@ class World:
         rank: number of this process.
         size: number of processes.
         device: where its tensors live.
-        is_first_on_host: whether no lower rank runs on the same host.
-        num_on_host: number of processes on the same host.
+        rank_on_host: number of this process among those on its host.
+        size_on_host: how many of the run's processes are on its host.
+        num_cores: processor cores of its own, once it has joined; the launcher may have set fewer threads.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
         self.device = device or pick_device()
-        self.is_first_on_host, self.num_on_host = True, 1
+        self.rank_on_host, self.size_on_host, self.num_cores = 0, 1, 1
         self._control_group: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None
         self._has_failed = False
@@ -126,7 +127,7 @@ class World:
 
     def run_on_first_of_host(self, function: Callable[[], T]) -> T:
         """Do something on the first process of each host, and then on the others (which find it done)."""
-        if self.is_first_on_host:
+        if self.rank_on_host == 0:
             value = self.run_on_all(function)
             self.run_on_all(lambda: None)
             return value
@@ -182,9 +183,11 @@ class World:
         self._control_group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         hosts = self.all_gather_objects((socket.gethostname(), _device_id(self.device)))
         names = [host for host, _ in hosts]
-        self.is_first_on_host = names[self.rank] not in names[: self.rank]
-        self.num_on_host = names.count(names[self.rank])
+        self.rank_on_host = names[: self.rank].count(names[self.rank])
+        self.size_on_host = names.count(names[self.rank])
         self.run_on_all(lambda: _check_devices(hosts, self.rank))
+        cores = self.all_gather_objects((socket.gethostname(), os.sched_getaffinity(0)))
+        self.num_cores = share_of_cores(cores, self.rank)
 
 
 _open: list[World] = []  # at most one
@@ -280,6 +283,16 @@ def _own_device() -> torch.device:
 
 def _device_id(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def share_of_cores(cores: Sequence[tuple[str, set[int]]], rank: int) -> int:
+    """Return how many cores a process has for itself.
+
+    Args:
+        cores: host of each rank, and the cores that it may run on: all of them under torchrun, its own under srun.
+        rank: of the process.
+    """
+    return max(1, len(cores[rank][1]) // cores.count(cores[rank]))
 
 
 def _check_devices(hosts: Sequence[tuple[str, str]], rank: int) -> None:

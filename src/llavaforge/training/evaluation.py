@@ -17,7 +17,7 @@ def held_out_loss(opened: OpenedStage, held_out: HeldOut, engine: Engine, step: 
     """
     config, index, world = opened.config, held_out.index, engine.world
     batches = in_order(index.lengths, held_out.rows, config.max_samples_per_batch, config.most_tokens)
-    mine = deal_in_order(batches, index.num_supervised, world.rank, world.size)
+    mine = deal_in_order(batches, world.rank, world.size)
     loss, count = 0.0, 0
     faults: list[Fault] = []
     with opened.packs(index, [batch for batch, _ in mine], world.device.type == "cuda") as packs:

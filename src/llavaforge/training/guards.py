@@ -18,7 +18,7 @@ from llavaforge.files import append_line
 from llavaforge.training.bad_samples import BadSamples
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.saving import Saver
-from llavaforge.training.signals import StopRequest
+from llavaforge.training.signals import EXIT_BY_HAND, EXIT_START_AGAIN, StopRequest
 from llavaforge.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -49,50 +49,50 @@ class Guards:
         self._num_lost_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_SPIKE_WINDOW)
 
-    def agree(self, fault: UserError | None, stop: StopRequest) -> bool:
-        """Stop on all processes when one must.
+    def agree(self, packs: Sequence[Pack], fault: UserError | None, stop: StopRequest) -> tuple[int, bool]:
+        """Stop on all processes when one must; else count and list the samples of a step that could not be read.
+
+        What processes must know of each other before a step is told in one small reduction, after all have read their
+        images. It cannot travel with the sums of the step before: evaluation, saving and a stop come between.
 
         Args:
+            packs: this process's part of the step.
             fault: of a pack of this process.
             stop: a request to this process.
 
         Returns:
-            Whether no process is still writing a checkpoint.
+            The supervised tokens of the whole step, without those of samples that could not be read; whether no process
+            is still writing a checkpoint.
 
         Raises:
-            UserError: the data of one process is at fault.
+            UserError: the data of one process is at fault; too many samples could not be read, or all.
             StoppedEarly: one process was asked to stop.
         """
-        self._world.at_step(self.state.step + 1, "waiting for the other processes to have read their images")
-        mine = [float(fault is not None), float(stop.exit_code), float(self._saver.is_writing)]
-        has_fault, code, is_writing = self._world.all_reduce_max(mine)
-        if has_fault:
+        step, code = self.state.step + 1, stop.exit_code
+        bad = [one for pack in packs for one in pack.bad]
+        mine = [
+            fault is not None,
+            code == EXIT_START_AGAIN,
+            code == EXIT_BY_HAND,
+            sum(one.num_supervised for one in bad),
+            self._saver.is_writing,
+        ]
+        self._world.at_step(step, "waiting for the other processes to have read their images")
+        num_faults, num_start_again, num_by_hand, lost, num_writing = self._world.all_reduce_sum(mine)
+        if num_faults:
             faults = self._world.all_gather_objects((str(fault), fault.exit_code) if fault else None)
             text, exit_code = next(one for one in faults if one)
             self._stop_for(text, RunFailed if exit_code == RunFailed.exit_code else UserError)
-        if code:
+        if num_start_again or num_by_hand:
             saved = self._saver.save_what_is_done()
             text = f"stopped after step {self.state.step}. {saved} Start again to go on."
-            self._world.fail(StoppedEarly(text, int(code)))
-        return not is_writing
-
-    def leave_out(self, packs: Sequence[Pack]) -> int:
-        """Count and list the samples of this step that could not be read; return its supervised tokens without them.
-
-        Raises:
-            UserError: they are too many, or all.
-        """
+            self._world.fail(StoppedEarly(text, EXIT_BY_HAND if num_by_hand else EXIT_START_AGAIN))
         planned = packs[0].source.num_supervised_in_step
-        if not self._skips_bad:
-            return planned
-        bad = [one for pack in packs for one in pack.bad]
-        lost = int(self._world.all_reduce_sum([sum(one.num_supervised for one in bad)])[0])
-        if not lost:
-            return planned
-        self.list_bad(self.state.step + 1, [one.fault for one in bad])
-        if lost == planned:
-            self._stop_for(f"step {self.state.step + 1}: not one of its samples can be read")
-        return planned - lost
+        if lost:
+            self.list_bad(step, [one.fault for one in bad])
+            if lost == planned:
+                self._stop_for(f"step {step}: not one of its samples can be read")
+        return planned - int(lost), not num_writing
 
     def list_bad(self, step: int, faults: Sequence[Fault], held_out: bool = False) -> None:
         """List samples that could not be read, of all processes.

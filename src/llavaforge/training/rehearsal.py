@@ -21,7 +21,7 @@ def rehearse(opened: OpenedStage, engine: Engine) -> None:
     rows = [opened.data.index.row(number) for number in largest.samples]
     blank = opened.loaded.preprocessing.blank()
     pixels = [blank for row in rows for _ in row.images]
-    source = MicroBatch(largest.step, largest.samples, False, 1, largest.most_supervised)
+    source = MicroBatch(largest.step, largest.samples, False, 1)
     world.at("rehearsing the largest micro-batch", timed=False)
     ids = opened.loaded.image_token_id, opened.loaded.num_image_tokens
     engine.micro_step(make_pack(rows, pixels, *ids, source), 0.0)

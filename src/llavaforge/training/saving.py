@@ -139,7 +139,7 @@ class Saver:
     def _has_room_for_a_copy(self, num_bytes: int) -> bool:
         """Say whether every host has the memory for its processes' shares of a checkpoint; tell once when not."""
         world = self._engine.world
-        needed = num_bytes / world.size * world.num_on_host * _RESERVE
+        needed = num_bytes / world.size * world.size_on_host * _RESERVE
         missing = world.all_reduce_max([needed - free_host_memory()])[0]
         if missing > 0 and world.is_writer and not self._has_told_of_memory:
             told = "training waits while checkpoints are written: for a copy of one, a host lacks %s MB of memory"

@@ -170,9 +170,9 @@ class Trainer:
                 self._clock.begin(DATA)
                 mine, fault = _fetch(packs)
                 with self._clock.during(COMMUNICATION):
-                    is_written = self._guards.agree(fault, stop)
+                    num_supervised, is_written = self._guards.agree(mine, fault, stop)
                 self._clock.begin(OTHER)
-                result, line = self._take(mine, begin_s)
+                result, line = self._take(mine, num_supervised, begin_s)
                 if is_written:
                     with self._clock.during(SAVING):
                         self._saver.finish()  # after the step, whose time it is no part of
@@ -199,9 +199,8 @@ class Trainer:
         self._saver.draw()
         return self._result()
 
-    def _take(self, packs: list[Pack], begin_s: float) -> tuple[StepResult, dict[str, Any]]:
+    def _take(self, packs: list[Pack], num_supervised: int, begin_s: float) -> tuple[StepResult, dict[str, Any]]:
         """Take a step with its packs."""
-        num_supervised = self._guards.leave_out(packs)
         try:
             taken = self._step(packs, num_supervised, begin_s)
             if self._rehearses and not self._is_last():

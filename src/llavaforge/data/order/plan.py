@@ -33,7 +33,6 @@ class MicroBatch:
         samples: numbers of its samples.
         is_last_of_step: whether an optimizer step follows.
         num_supervised_in_step: supervised tokens of the whole global batch.
-        most_supervised: supervised tokens of the rank that has most of them in this micro-step.
         spread: work of the busiest rank in this step, divided by the mean over ranks.
     """
 
@@ -41,7 +40,6 @@ class MicroBatch:
     samples: tuple[int, ...]
     is_last_of_step: bool
     num_supervised_in_step: int
-    most_supervised: int = 0
     spread: float = 1.0
 
 
@@ -130,7 +128,6 @@ class Plan:
                 tuple(round_[rank]),
                 number == len(rounds) - 1,
                 supervised,
-                most_supervised=max(int(self.num_supervised[samples].sum()) for samples in round_),
                 spread=float(totals.max() / max(totals.mean(), 1e-300)),
             )
             for number, round_ in enumerate(rounds)
@@ -210,9 +207,7 @@ def check_world(global_batch_size: int, num_samples: int | None, world_size: int
         )
 
 
-def deal_in_order(
-    batches: list[tuple[int, ...]], num_supervised: npt.NDArray[np.int64], rank: int, world_size: int
-) -> list[tuple[MicroBatch, bool]]:
+def deal_in_order(batches: list[tuple[int, ...]], rank: int, world_size: int) -> list[tuple[MicroBatch, bool]]:
     """Deal batches to ranks for evaluation, the same number to each.
 
     Returns:
@@ -220,11 +215,9 @@ def deal_in_order(
     """
     num_rounds = math.ceil(len(batches) / world_size)
     mine = []
-    for start in range(0, num_rounds * world_size, world_size):
-        most = max(int(num_supervised[list(batch)].sum()) for batch in batches[start : start + world_size])
-        counts = start + rank < len(batches)
-        batch = batches[start + rank] if counts else batches[-1]
-        mine.append((MicroBatch(0, batch, True, 0, most_supervised=most), counts))
+    for number in range(rank, num_rounds * world_size, world_size):
+        counts = number < len(batches)
+        mine.append((MicroBatch(0, batches[number] if counts else batches[-1], True, 0), counts))
     return mine
 
 
