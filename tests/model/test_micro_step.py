@@ -105,7 +105,7 @@ def micro_steps(engine: PlainEngine) -> tuple[Watch, NewTensors]:
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_a_micro_step_in_bfloat16_never_waits_and_multiplies_no_float32(train_type: str, recomputes: bool) -> None:
     watch, made = micro_steps(engine_of(train_type, gradient_checkpointing=recomputes))
-    assert watch.num_products > 80
+    assert watch.num_products > 60
     assert watch.float32_products == []
     assert watch.waits == made.found == []
 
