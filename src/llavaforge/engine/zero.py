@@ -74,7 +74,7 @@ class ZeroEngine:
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
         # Kept as they are until the masters have their precision; weights mapped from a file take no memory.
         originals = {n: p.detach() for n, p in self._parameters.items() if p.dtype != dtype}
-        step_module.runs_all_modules = self._shards_weights and self.world.size > 1
+        step_module.runs_all_modules = self._shards_weights
         optimizer = self._optimizer_of(groups, options)
         settings = self._settings | {
             # Batch sizes are ours to count; DeepSpeed wants some.

@@ -29,8 +29,8 @@ class StepModule(nn.Module):
         clock: told when the tower is at work, and when the language model is.
 
     Attributes:
-        runs_all_modules: run every module in every pass, in the same order, whatever the pack holds. ZeRO-3 sets it:
-            there each module's forward gathers its weights from all ranks.
+        runs_all_modules: run every module in every pass, forward and backward, in the same order, whatever the pack
+            holds. ZeRO-3 sets it: there each of these calls gathers the module's weights from all ranks.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class StepModule(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss_head = LossHead(model.lm_head)
         self._begin = clock.begin if clock is not None else lambda part: None
+        self.loss_head = LossHead(model.lm_head)
         self.preprocessing = preprocessing
         self.runs_all_modules = False
         use_packed_attention(model)
@@ -50,14 +50,16 @@ class StepModule(nn.Module):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""
-        total: torch.Tensor = self.loss_head(self._text_model(pack), pack.predictors_S, pack.targets_S)
-        if pack.num_images or self.runs_all_modules or not torch.is_grad_enabled():
-            return total
-        return total + 0.0 * self._blank_features().sum().float()
+        # Features first, whatever the pack: DeepSpeed reduces gradients in the order in which a rank has them.
+        images_IPD = self._image_features(pack.pixels_ICHW) if pack.num_images else self._blank_features()
+        are_put_in = bool(pack.num_images) or self.runs_all_modules
+        hidden_TD = self._text_model(pack, images_IPD if are_put_in else None)
+        total: torch.Tensor = self.loss_head(hidden_TD, pack.predictors_S, pack.targets_S)
+        return total if are_put_in else total + 0.0 * images_IPD.sum().float()
 
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
-        hidden_TD = self._text_model(pack)
+        hidden_TD = self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
         pieces = zip(
             hidden_TD.index_select(0, pack.predictors_S).split(CHUNK), pack.targets_S.split(CHUNK), strict=True
         )
@@ -65,18 +67,20 @@ class StepModule(nn.Module):
             [cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in pieces]
         )
 
-    def _text_model(self, pack: Pack) -> torch.Tensor:
+    def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None) -> torch.Tensor:
         """Return the last hidden states, (T, D).
 
         Features are put in by index: the stock model looks for the image tokens on the device, and waits for it twice.
+        Those of a pack without images are put in times zero, so that the backward pass runs all modules too.
         """
         model = self.model.model
         embedded_TD = model.get_input_embeddings()(pack.ids_T)
-        if pack.num_images:
-            features_MD = self._image_features(pack.pixels_ICHW).flatten(0, 1).to(embedded_TD.dtype)
-            embedded_TD = embedded_TD.index_copy(0, pack.image_positions_M, features_MD)
-        elif self.runs_all_modules:
-            embedded_TD = embedded_TD + 0.0 * self._blank_features().sum().to(embedded_TD.dtype)
+        if images_IPD is not None:
+            features_MD = images_IPD.flatten(0, 1).to(embedded_TD.dtype)
+            if pack.num_images:
+                embedded_TD = embedded_TD.index_copy(0, pack.image_positions_M, features_MD)
+            else:
+                embedded_TD = embedded_TD + 0.0 * features_MD.sum()
         outputs = model.language_model(
             inputs_embeds=embedded_TD.unsqueeze(0),
             position_ids=pack.position_ids_T.unsqueeze(0),
@@ -106,7 +110,6 @@ class StepModule(nn.Module):
         """Return features for a pack without images, which hang on all that learns of projector and tower.
 
         Times zero they give it a gradient too; else ranks with and without images would wait for each other for ever.
-        Under ZeRO-3 they do at the language model's input, so that the backward pass is the same as well.
         """
         config, projector = self.model.config, self.model.model.multi_modal_projector
         parameter = next(projector.parameters())
