@@ -1,6 +1,8 @@
 """Where tensors live: the one place that asks torch what this machine has."""
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -36,3 +38,20 @@ def total_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_host_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that processes of this host may still take: what the system can free, and what a cgroup allows.
+
+    Args:
+        root: of the file system, on Linux (proc(5), and the kernel's admin-guide/cgroup-v2).
+    """
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    groups = (root / "proc/self/cgroup").read_text().splitlines()
+    own = next((line[3:] for line in groups if line.startswith("0::")), "/")
+    for group in (own, *map(str, Path(own).parents)):
+        folder = root / "sys/fs/cgroup" / group.lstrip("/")
+        with suppress(OSError, ValueError):  # no group of version 2, or one without a limit
+            free.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return max(0, min(free))

@@ -25,16 +25,20 @@ class StepModule(nn.Module):
         recompute_every: every how many layers of the language model one is computed again in the backward pass
             (gradient checkpointing; 0: none). Never the tower's: for the whole model it would back-propagate through a
             frozen tower.
+        features_given: all packs bring kept features, so that the tower never runs.
 
     Attributes:
         runs_all_modules: run every module in every pass, in the same order, whatever the pack holds. ZeRO-3 sets it:
             there each module's forward gathers its weights from all ranks.
     """
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, recompute_every: int = 0) -> None:
+    def __init__(
+        self, model: Any, preprocessing: Preprocessing, recompute_every: int = 0, features_given: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.preprocessing = preprocessing
+        self._features_given = features_given
         self.runs_all_modules = False
         use_packed_attention(model)
         if recompute_every:
@@ -44,7 +48,7 @@ class StepModule(nn.Module):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""
-        images_IPD = self._image_features(pack.pixels_ICHW) if pack.num_images else self._blank_features()
+        images_IPD = self._image_features(pack) if pack.num_images else self._blank_features()
         hidden_TD = self._text_model(pack, images_IPD if pack.num_images else None)
         most = pack.source.most_supervised
         total = loss_sum(self.model.lm_head, hidden_TD, pack.predictors_S, pack.targets_S, most)
@@ -52,7 +56,7 @@ class StepModule(nn.Module):
 
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
-        hidden_TD = self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
+        hidden_TD = self._text_model(pack, self._image_features(pack) if pack.num_images else None)
         pieces = zip(
             hidden_TD.index_select(0, pack.predictors_S).split(CHUNK), pack.targets_S.split(CHUNK), strict=True
         )
@@ -79,7 +83,14 @@ class StepModule(nn.Module):
         hidden: torch.Tensor = outputs.last_hidden_state
         return hidden.squeeze(0)
 
-    def _image_features(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
+    def _image_features(self, pack: Pack) -> torch.Tensor:
+        """Return the projected features of a pack's images, (I, P, D)."""
+        if not len(pack.features_IPD):
+            return self._features_of_pixels(pack.pixels_ICHW)
+        projected: torch.Tensor = self.model.model.multi_modal_projector(pack.features_IPD)
+        return projected
+
+    def _features_of_pixels(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
         """Return the projected features, (I, P, D)."""
         tower = self.model.model.vision_tower
         pixels = normalize(pixels_ICHW, self.preprocessing, next(tower.parameters()).dtype)
@@ -98,10 +109,10 @@ class StepModule(nn.Module):
         """
         config, projector = self.model.config, self.model.model.multi_modal_projector
         parameter = next(projector.parameters())
-        if self.runs_all_modules or self._tower_learns():
+        if self._tower_learns() or (self.runs_all_modules and not self._features_given):
             vision = config.vision_config
             size = (1, vision.num_channels, vision.image_size, vision.image_size)
-            return self._image_features(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
+            return self._features_of_pixels(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
         layers = config.vision_feature_layer
         width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
         blank: torch.Tensor = projector(torch.zeros(1, 1, width, dtype=parameter.dtype, device=parameter.device))

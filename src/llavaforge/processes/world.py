@@ -38,13 +38,14 @@ class World:
         rank: number of this process.
         size: number of processes.
         device: where its tensors live.
-        is_first_on_host: whether no lower rank runs on the same host.
+        rank_on_host: number of this process among those on its host.
+        size_on_host: how many of the run's processes are on its host.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
         self.device = device or pick_device()
-        self.is_first_on_host = True
+        self.rank_on_host, self.size_on_host = 0, 1
         self._control_group: dist.ProcessGroup | None = None
         self._heartbeat: Heartbeat | None = None
         self._has_failed = False
@@ -125,7 +126,7 @@ class World:
 
     def run_on_first_of_host(self, function: Callable[[], T]) -> T:
         """Do something on the first process of each host, and then on the others (which find it done)."""
-        if self.is_first_on_host:
+        if self.rank_on_host == 0:
             value = self.run_on_all(function)
             self.run_on_all(lambda: None)
             return value
@@ -180,7 +181,9 @@ class World:
         )  # fmt: skip
         self._control_group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         hosts = self.all_gather_objects((socket.gethostname(), _device_id(self.device)))
-        self.is_first_on_host = hosts[self.rank][0] not in [host for host, _ in hosts[: self.rank]]
+        names = [name for name, _ in hosts]
+        self.rank_on_host = names[: self.rank].count(names[self.rank])
+        self.size_on_host = names.count(names[self.rank])
         self.run_on_all(lambda: _check_devices(hosts, self.rank))
 
 
