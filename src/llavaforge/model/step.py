@@ -1,5 +1,7 @@
 """The one module an engine runs: a pack in, the summed loss out. Nothing of the model runs outside it.
 
+(But a frozen tower does before an engine takes the model: `model/features.py`.)
+
 Legend: T tokens of the pack, M image tokens of the pack, I images, P image tokens of each, D width, V vocabulary.
 """
 
