@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from llavaforge.cli import main
+from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.features import FeatureFile
 from llavaforge.data.order.plan import MicroBatch
 from llavaforge.device import free_host_memory
@@ -355,11 +356,10 @@ def test_data_sets_of_every_kind_of_image_and_of_none(
     held_out = {"path": tmp_path / "held-out.json", "images": data / "images"}
     eval_loss = []
     for kind in ("off", "disk"):
-        config = train_config(
-            tiny_llava, data, tmp_path / kind, data_path=None, data=entries, eval_data=[held_out], max_steps=7,
-            cache_vision_features=kind, **OF_EIGHT,
-        )  # fmt: skip
-        eval_loss.append(train(config)["eval_loss"])
+        values = train_config(tiny_llava, data, tmp_path / kind, max_steps=7, cache_vision_features=kind, **OF_EIGHT)
+        config = values.model_dump(exclude_unset=True, exclude={"data_path"})
+        config |= {"data": entries, "eval_data": [held_out]}
+        eval_loss.append(train(TrainConfig.model_validate(config))["eval_loss"])
     one, two = (tensors_of(tmp_path / kind / "final") for kind in ("off", "disk"))
     for name in two:  # a step with the text has seven images
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ import torch
 
 from llavaforge.model.attention import use_packed_attention
 from llavaforge.model.load import LoadedModel
-from llavaforge.model.tower import normalize, tower_features
+from llavaforge.model.tower import feature_width, normalize, tower_features
 from llavaforge.model.trainable import cast_parameters
 
 _FORMAT = 1  # raise it when a change of this package changes features
@@ -54,8 +54,7 @@ class FeatureMaker:
 
 def feature_shape(loaded: LoadedModel) -> tuple[int, int]:
     """Return (P, D) of an image's features."""
-    layers, width = loaded.model.config.vision_feature_layer, loaded.model.config.vision_config.hidden_size
-    return loaded.num_image_tokens, width * (1 if isinstance(layers, int) else len(layers))
+    return loaded.num_image_tokens, feature_width(loaded.model.config)
 
 
 def describe_features(loaded: LoadedModel, device: torch.device, dtype: torch.dtype) -> str:

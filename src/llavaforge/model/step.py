@@ -15,7 +15,7 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model.attention import Borders, use_packed_attention
 from llavaforge.model.loss import CHUNK, loss_sum
-from llavaforge.model.tower import normalize, tower_features
+from llavaforge.model.tower import feature_width, normalize, tower_features
 
 
 class StepModule(nn.Module):
@@ -50,7 +50,7 @@ class StepModule(nn.Module):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""
-        images_IPD = self._image_features(pack) if pack.num_images else self._blank_features()
+        images_IPD = self._projected(pack) if pack.num_images else self._blank_features()
         hidden_TD = self._text_model(pack, images_IPD if pack.num_images else None)
         most = pack.source.most_supervised
         total = loss_sum(self.model.lm_head, hidden_TD, pack.predictors_S, pack.targets_S, most)
@@ -58,7 +58,7 @@ class StepModule(nn.Module):
 
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
-        hidden_TD = self._text_model(pack, self._image_features(pack) if pack.num_images else None)
+        hidden_TD = self._text_model(pack, self._projected(pack) if pack.num_images else None)
         pieces = zip(
             hidden_TD.index_select(0, pack.predictors_S).split(CHUNK), pack.targets_S.split(CHUNK), strict=True
         )
@@ -85,14 +85,14 @@ class StepModule(nn.Module):
         hidden: torch.Tensor = outputs.last_hidden_state
         return hidden.squeeze(0)
 
-    def _image_features(self, pack: Pack) -> torch.Tensor:
+    def _projected(self, pack: Pack) -> torch.Tensor:
         """Return the projected features of a pack's images, (I, P, D)."""
         if not len(pack.features_IPD):
-            return self._features_of_pixels(pack.pixels_ICHW)
+            return self._image_features(pack.pixels_ICHW)
         projected: torch.Tensor = self.model.model.multi_modal_projector(pack.features_IPD)
         return projected
 
-    def _features_of_pixels(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
+    def _image_features(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
         """Return the projected features, (I, P, D)."""
         tower = self.model.model.vision_tower
         pixels = normalize(pixels_ICHW, self.preprocessing, next(tower.parameters()).dtype)
@@ -114,8 +114,7 @@ class StepModule(nn.Module):
         if self._tower_learns() or (self.runs_all_modules and not self._features_given):
             vision = config.vision_config
             size = (1, vision.num_channels, vision.image_size, vision.image_size)
-            return self._features_of_pixels(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
-        layers = config.vision_feature_layer
-        width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+            return self._image_features(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
+        width = feature_width(config)
         blank: torch.Tensor = projector(torch.zeros(1, 1, width, dtype=parameter.dtype, device=parameter.device))
         return blank
