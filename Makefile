@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling faults soak
+.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features faults soak
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -44,6 +44,9 @@ bench-data: .venv/installed
 
 bench-scaling: .venv/installed
 	$(BIN)/python -m bench.scaling
+
+bench-features: .venv/installed
+	$(BIN)/python -m bench.features
 
 faults: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.faults

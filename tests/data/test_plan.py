@@ -64,6 +64,14 @@ def test_a_batch_larger_than_the_data_wraps_around() -> None:
     assert counts.tolist() == [8, 8, 8]
 
 
+@pytest.mark.parametrize("num_steps", [0, 3, 6, 13, 40])
+@pytest.mark.parametrize("draws", [17, 50, 120])
+def test_the_rows_of_a_run_are_those_of_its_steps(num_steps: int, draws: int) -> None:
+    made = plan(num_steps=num_steps, mixture=Mixture([np.arange(3, 50)], [draws], seed=0))
+    steps = [made.global_batch(step) for step in range(num_steps)]
+    assert made.rows().tolist() == sorted({int(row) for batch in steps for row in batch})
+
+
 def test_resuming_continues_the_same_order() -> None:
     made = plan()
     whole = list(made.iterate(0))

@@ -72,6 +72,21 @@ def test_processes_tell_each_other_two_things_a_step(
     assert [answer["messages"][3:6] for answer in answers] == [[2, 2, 2], [2, 2, 2]]  # steps 4 to 6 of 6
 
 
+@pytest.mark.parametrize(("stage", "kind"), [("zero2", "memory"), ("zero3", "disk")])
+def test_ranks_share_kept_features(
+    stage: str, kind: str, alone: Alone, two_ranks: RankPool, tiny_llava: Path, mixed: Path, tmp_path: Path
+) -> None:
+    """Half of the records are text, so that some packs of one rank have no image where the other's have."""
+    values = options(train_type="freeze_vision", global_batch_size=2, per_device_train_batch_size=1, max_steps=10)
+    values |= {"validation_split": 7, "eval_steps": 5}
+    one, _ = alone(tiny_llava, mixed, **values)
+    kept = {"cache_vision_features": kind, "cache_dir": tmp_path / "cache", "dataloader_num_workers": 1}
+    two_ranks.train(train_config(tiny_llava, mixed, tmp_path / "two", deepspeed=stage, **values, **kept))
+    assert_same_curve(one, tmp_path / "two")
+    files = list((tmp_path / "cache" / "features").glob("*.features"))
+    assert len(files) == (kind == "disk")
+
+
 def test_tied_embeddings_under_zero_3(
     two_ranks: RankPool, tiny_clip: Path, tiny_lm: Callable[[str], Path], shapes: Path, tmp_path: Path
 ) -> None:

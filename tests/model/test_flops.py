@@ -123,6 +123,16 @@ def test_samples_without_an_image(train_type: str, bound: float) -> None:
     assert counted(model, pack) == pytest.approx(expected, rel=bound)
 
 
+@pytest.mark.parametrize("train_type", ["projector", "use_lora"])
+def test_kept_features_cost_nothing(train_type: str) -> None:
+    model, pack = prepared(train_type), pack_of(SAMPLES)
+    pack.features_IPD = torch.zeros(pack.num_images, NUM_IMAGE_TOKENS, model.config.vision_config.hidden_size)
+    pack.pixels_ICHW = pack.pixels_ICHW[:0]
+    counter = FlopCounter.of(model, NUM_IMAGE_TOKENS).without_tower()
+    expected = counter.step(pack.lengths, pack.num_images, pack.num_supervised) + masked_scores(model, pack)
+    assert counted(model, pack) == pytest.approx(expected, rel=1e-6)
+
+
 def test_unused_tower_layers_do_not_count() -> None:
     cut, whole = (prepared("full", feature_layer=layer) for layer in (-3, -1))
     pack = pack_of(SAMPLES)

@@ -9,7 +9,7 @@ exist.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,10 @@ class FlopCounter:
             num_layers=text.num_hidden_layers,
             learning=frozenset(part_of(n) for n, p in model.named_parameters() if p.requires_grad),
         )
+
+    def without_tower(self) -> "FlopCounter":
+        """Return the counter of steps to which kept features are brought."""
+        return replace(self, embedding_per_image=0.0, tower_per_image=0.0)
 
     def step(self, lengths: Sequence[int], num_images: int, num_supervised: int) -> float:
         """Return the model FLOPs of a training step on samples of these lengths, images and supervised tokens."""

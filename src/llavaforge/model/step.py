@@ -1,5 +1,7 @@
 """The one module an engine runs: a pack in, the summed loss out. Nothing of the model runs outside it.
 
+(But a frozen tower does before an engine takes the model: `model/features.py`.)
+
 Legend: T tokens of the pack, M image tokens of the pack, I images, P image tokens of each, D width, V vocabulary.
 """
 
@@ -14,7 +16,7 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.model.attention import Borders, use_packed_attention
 from llavaforge.model.loss import CHUNK, LossHead
-from llavaforge.model.tower import normalize, tower_features
+from llavaforge.model.tower import feature_width, normalize, tower_features
 
 
 class StepModule(nn.Module):
@@ -27,6 +29,7 @@ class StepModule(nn.Module):
             (gradient checkpointing; 0: none). Never the tower's: for the whole model it would back-propagate through a
             frozen tower.
         clock: told when the tower is at work, and when the language model is.
+        features_given: all packs bring kept features, so that the tower never runs.
 
     Attributes:
         runs_all_modules: run every module in every pass, forward and backward, in the same order, whatever the pack
@@ -34,13 +37,19 @@ class StepModule(nn.Module):
     """
 
     def __init__(
-        self, model: Any, preprocessing: Preprocessing, recompute_every: int = 0, clock: Clock | None = None
+        self,
+        model: Any,
+        preprocessing: Preprocessing,
+        recompute_every: int = 0,
+        clock: Clock | None = None,
+        features_given: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self._begin = clock.begin if clock is not None else lambda part: None
         self.loss_head = LossHead(model.lm_head)
         self.preprocessing = preprocessing
+        self._features_given = features_given
         self.runs_all_modules = False
         use_packed_attention(model)
         if recompute_every:
@@ -51,7 +60,7 @@ class StepModule(nn.Module):
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""
         # Features first, whatever the pack: DeepSpeed reduces gradients in the order in which a rank has them.
-        images_IPD = self._image_features(pack.pixels_ICHW) if pack.num_images else self._blank_features()
+        images_IPD = self._projected(pack) if pack.num_images else self._blank_features()
         are_put_in = bool(pack.num_images) or self.runs_all_modules
         hidden_TD = self._text_model(pack, images_IPD if are_put_in else None)
         total: torch.Tensor = self.loss_head(hidden_TD, pack.predictors_S, pack.targets_S)
@@ -59,7 +68,7 @@ class StepModule(nn.Module):
 
     def token_losses(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
-        hidden_TD = self._text_model(pack, self._image_features(pack.pixels_ICHW) if pack.num_images else None)
+        hidden_TD = self._text_model(pack, self._projected(pack) if pack.num_images else None)
         pieces = zip(
             hidden_TD.index_select(0, pack.predictors_S).split(CHUNK), pack.targets_S.split(CHUNK), strict=True
         )
@@ -90,6 +99,13 @@ class StepModule(nn.Module):
         hidden: torch.Tensor = outputs.last_hidden_state
         return hidden.squeeze(0)
 
+    def _projected(self, pack: Pack) -> torch.Tensor:
+        """Return the projected features of a pack's images, (I, P, D)."""
+        if not len(pack.features_IPD):
+            return self._image_features(pack.pixels_ICHW)
+        projected: torch.Tensor = self.model.model.multi_modal_projector(pack.features_IPD)
+        return projected
+
     def _image_features(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
         """Return the projected features, (I, P, D)."""
         tower = self.model.model.vision_tower
@@ -113,11 +129,10 @@ class StepModule(nn.Module):
         """
         config, projector = self.model.config, self.model.model.multi_modal_projector
         parameter = next(projector.parameters())
-        if self.runs_all_modules or self._tower_learns():
+        if self._tower_learns() or (self.runs_all_modules and not self._features_given):
             vision = config.vision_config
             size = (1, vision.num_channels, vision.image_size, vision.image_size)
             return self._image_features(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
-        layers = config.vision_feature_layer
-        width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        width = feature_width(config)
         blank: torch.Tensor = projector(torch.zeros(1, 1, width, dtype=parameter.dtype, device=parameter.device))
         return blank

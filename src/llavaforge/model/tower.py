@@ -42,6 +42,11 @@ def _feature_states(config: Any) -> list[int]:
     return [layer % states for layer in ([layers] if isinstance(layers, int) else layers)]
 
 
+def feature_width(config: Any) -> int:
+    """Return D, the width of the features that the projector reads: of all hidden states that are features."""
+    return int(config.vision_config.hidden_size) * len(_feature_states(config))
+
+
 def tower_features(model: Any, pixels_ICHW: torch.Tensor) -> torch.Tensor:
     """Return the features that the projector reads, running no layer after them.
 

@@ -18,6 +18,7 @@ from llavaforge.config.schema import DataEntry, TrainConfig
 from llavaforge.data.faults import Fault
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.index.open import open_index, refuse, refuse_missing
+from llavaforge.data.load.features import ImageFeatures
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.mixture import Mixture, RowNumbers, deal, drop_quarantined
@@ -69,6 +70,7 @@ class OpenedStage:
         data: what is trained on and evaluated.
         plan: the order of the samples.
         run: what is written into every `run.json`.
+        features: kept ones of each index (`training/features.py`); empty when the tower runs in every step.
     """
 
     config: TrainConfig
@@ -79,13 +81,27 @@ class OpenedStage:
     data: OpenedData
     plan: Plan
     run: dict[str, Any]
+    features: tuple[ImageFeatures, ...] = ()
+
+    def dataset(self, index: SampleIndex, masks_bad: bool) -> PackDataset:
+        """Return what makes packs of an index, of kept features where there are some."""
+        features = next((kept for kept in self.features if kept.index is index), None)
+        ids = self.loaded.image_token_id, self.loaded.num_image_tokens
+        return PackDataset(index, self.loaded.preprocessing, *ids, masks_bad=masks_bad, features=features)
 
     @contextmanager
-    def packs(self, index: SampleIndex, order: Iterable[MicroBatch], pin_memory: bool) -> Iterator[Iterator[Pack]]:
-        """Give an iterator over packs of an index, made by the stage's loader workers."""
-        masks_bad = self.config.on_bad_sample == "skip"
-        ids = self.loaded.image_token_id, self.loaded.num_image_tokens
-        dataset = PackDataset(index, self.loaded.preprocessing, *ids, masks_bad=masks_bad)
+    def packs(
+        self, index: SampleIndex, order: Iterable[MicroBatch], pin_memory: bool, masks_bad: bool | None = None
+    ) -> Iterator[Iterator[Pack]]:
+        """Give an iterator over packs of an index, made by the stage's loader workers.
+
+        Args:
+            index: of the samples.
+            order: what to load.
+            pin_memory: for a GPU.
+            masks_bad: as in `PackDataset`; None: as `on_bad_sample` says.
+        """
+        dataset = self.dataset(index, self.config.on_bad_sample == "skip" if masks_bad is None else masks_bad)
         timeout_s = _WAIT_SHARE * self.config.stuck_timeout_s
         with loading(dataset, order, self.config.dataloader_num_workers, pin_memory, timeout_s) as packs:
             yield packs

@@ -19,12 +19,12 @@ def rehearse(opened: OpenedStage, engine: Engine) -> None:
     """Run forward and backward of the largest micro-batch with grey images; all processes call this together."""
     largest, world = largest_micro_batch(opened, engine.world.rank), engine.world
     rows = [opened.data.index.row(number) for number in largest.samples]
-    blank = opened.loaded.preprocessing.blank()
-    pixels = [blank for row in rows for _ in row.images]
+    blank = opened.dataset(opened.data.index, masks_bad=False).blank()
+    images = [blank for row in rows for _ in row.images]
     source = MicroBatch(largest.step, largest.samples, False, 1)
     world.at("rehearsing the largest micro-batch", timed=False)
     ids = opened.loaded.image_token_id, opened.loaded.num_image_tokens
-    engine.micro_step(make_pack(rows, pixels, *ids, source), 0.0)
+    engine.micro_step(make_pack(rows, images, *ids, source), 0.0)
 
 
 def largest_micro_batch(opened: OpenedStage, rank: int) -> MicroBatch:

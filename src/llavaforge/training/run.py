@@ -1,7 +1,7 @@
 """The training run, as a story: each act is a named function, in the order in which it happens.
 
 meet the other processes -> for each stage: settle DeepSpeed's settings, open the model and the data, claim the folder,
-go on from a checkpoint, show and prove the contract, train, leave the finished model
+keep the images' features, go on from a checkpoint, show and prove the contract, train, leave the finished model
 """
 
 import logging
@@ -24,6 +24,7 @@ from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
 from llavaforge.results import TrainResult
 from llavaforge.training.contract import show_contract
+from llavaforge.training.features import keeping_features
 from llavaforge.training.finish import check_pointer, finished_result, leave_result, write_final
 from llavaforge.training.opening import open_stage
 from llavaforge.training.signals import StopRequest
@@ -90,13 +91,13 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainRes
             logger.info("%s is finished already: skipped", config.output_dir)
             return {**finished, "output_dir": str(config.output_dir)}
         show_contract(opened, console)  # before the engine: ZeRO-3 leaves no process a whole parameter to count
-        engine = open_engine(world, settings)
-        clock = Clock(world.device)
-        state = prepare_or_resume(opened, engine, clock)
-        with stop.postponed():
-            result = Trainer(opened, engine, state, clock).train(stop)
-            world.at("writing the finished model")
-            write_final(final, opened, engine, result)
+        with keeping_features(opened, world) as opened:
+            engine, clock = open_engine(world, settings), Clock(world.device)
+            state = prepare_or_resume(opened, engine, clock)
+            with stop.postponed():
+                result = Trainer(opened, engine, state, clock).train(stop)
+                world.at("writing the finished model")
+                write_final(final, opened, engine, result)
     return result
 
 

@@ -56,7 +56,9 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine, clock: Clock) -> Trai
     """
     config, world, loaded = opened.config, engine.world, opened.loaded
     world.at("preparing the model")
-    step_module = StepModule(loaded.model, loaded.preprocessing, config.recompute_every, clock)
+    step_module = StepModule(
+        loaded.model, loaded.preprocessing, config.recompute_every, clock, features_given=bool(opened.features)
+    )
     if world.run_on_all(lambda: _compiles(opened, engine)):
         compile_layers(loaded.model, must=config.compile is True)
         logger.info("layers are compiled: the first step takes up to some minutes")

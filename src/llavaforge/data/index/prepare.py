@@ -70,7 +70,7 @@ def prepared(source: Source, builder: SampleBuilder | None, cache_dir: Path, qui
     first = cache_dir / "index" / f"{source.files[0].name.split('.')[0]}-{name}.arrow"
     if (path := _current(first, source.images)) is None:
         first.parent.mkdir(parents=True, exist_ok=True)
-        with naming(first), _alone(first):
+        with naming(first), alone(first):
             if (path := _current(first, source.images)) is None:
                 path = next(version for version in _versions(first) if not version.exists())
                 _prepare(source, builder, path, quiet)
@@ -118,7 +118,8 @@ def _is_current(path: Path, images: ImageStore) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
+    """Within the block be the only process that makes a file of the cache; wait for one that does."""
     lock = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(timeout=1)

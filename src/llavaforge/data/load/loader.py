@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llavaforge.data.faults import Fault, RecordError
 from llavaforge.data.index.index import Row, SampleIndex
+from llavaforge.data.load.features import ImageFeatures
 from llavaforge.data.load.pack import BadSample, Pack, make_pack
 from llavaforge.data.order.plan import MicroBatch
 from llavaforge.data.pixels.decode import ImageError, decode
@@ -36,11 +37,12 @@ _MARGIN = 2  # later packs may have more images than the first
 
 @dataclass(frozen=True)
 class PackDataset(Dataset[Pack]):
-    """Maps a micro-batch to its pack; the only place where pixels are read.
+    """Maps a micro-batch to its pack; the only place where images are read.
 
     Attributes:
         blank_image: give mid-grey pixels instead of the image (to measure what a model guesses blindly).
         masks_bad: mask a sample whose image cannot be read (`Pack.bad`), instead of raising.
+        features: of the index's images, to give instead of their pixels.
     """
 
     index: SampleIndex
@@ -49,20 +51,25 @@ class PackDataset(Dataset[Pack]):
     num_image_tokens: int
     blank_image: bool = False
     masks_bad: bool = False
+    features: ImageFeatures | None = None
 
     def __getitem__(self, source: MicroBatch) -> Pack:
         rows = [self.index.row(number) for number in source.samples]
-        pixels: list[np.ndarray] = []
+        images: list[Any] = []
         bad: list[BadSample] = []
         for number, row in zip(source.samples, rows, strict=True):
             try:
-                pixels += self.pixels(row)
+                images += self.pixels(row) if self.features is None else self._features(number, row, self.features)
             except BadImage as error:
                 if not self.masks_bad:
                     raise UserError(str(error.fault)) from None
-                pixels += [self.preprocessing.blank()] * len(row.images)
+                images += [self.blank()] * len(row.images)
                 bad.append(BadSample(number, int(self.index.num_supervised[number]), error.fault))
-        return make_pack(rows, pixels, self.image_token_id, self.num_image_tokens, source, bad)
+        return make_pack(rows, images, self.image_token_id, self.num_image_tokens, source, bad)
+
+    def blank(self) -> np.ndarray | torch.Tensor:
+        """Return what stands for an image that is not looked at: mid-grey pixels, or features."""
+        return self.preprocessing.blank() if self.features is None else self.features.blank()
 
     def pixels(self, row: Row) -> list[np.ndarray]:
         """Return the pixels of a row's images: `uint8` (C, H, W) each.
@@ -80,6 +87,19 @@ class PackDataset(Dataset[Pack]):
                 raise BadImage(row.fault(RecordError(error.kind, str(error), row.images[number].name))) from None
             pixels.append(self.preprocessing.blank() if self.blank_image else image)
         return pixels
+
+    def _features(self, number: int, row: Row, features: ImageFeatures) -> list[torch.Tensor]:
+        """Return the kept features of a row's images, (P, D) each.
+
+        Raises:
+            BadImage: there are none of an image since it cannot be read.
+            RunFailed: there are none, though it can.
+        """
+        if (found := features.of_row(number)) is None:
+            self.pixels(row)
+            path = features.files[row.data_set].path
+            raise RunFailed(f"{path}: the features of {row.where} were damaged while in use. They are computed anew.")
+        return found
 
 
 class BadImage(Exception):
@@ -181,7 +201,7 @@ def loading(
 def _prefetch(dataset: PackDataset, first: MicroBatch, num_workers: int) -> int:
     """Return how many packs each worker may keep ready, by the images of the first one."""
     num_images = int(dataset.index.num_images[np.asarray(first.samples, dtype=np.int64)].sum())
-    pack_bytes = _MARGIN * max(1, num_images) * dataset.preprocessing.blank().nbytes
+    pack_bytes = _MARGIN * max(1, num_images) * dataset.blank().nbytes
     if not _SHARED_MEMORY.is_dir():  # not Linux: torch hands packs over in files
         return _PREFETCH
     free = shutil.disk_usage(_SHARED_MEMORY).free

@@ -1,8 +1,9 @@
 """A padding-free pack: samples laid end to end, none of which sees another.
 
-Comes in: rows of the index and their pixels. Goes out: a `Pack`.
+Comes in: rows of the index, and of each image its pixels or its kept features. Goes out: a `Pack`.
 
-Legend: T tokens of the pack, M image tokens, S supervised tokens, N samples, I images, C channels, H and W pixels.
+Legend: T tokens of the pack, M image tokens, S supervised tokens, N samples, I images, C channels, H and W pixels,
+P image tokens of one image, D tower width.
 """
 
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ class Pack:
         pixels_ICHW: `uint8` pixels, in the order of their placeholders.
         source: what this pack is part of.
         bad: faults of its masked samples, with their numbers and the supervised tokens they would have had.
+        features_IPD: what the vision tower makes of the images, where that is kept (`data/load/features.py`); then
+            there are no pixels.
     """
 
     ids_T: torch.Tensor
@@ -55,6 +58,7 @@ class Pack:
     pixels_ICHW: torch.Tensor
     source: MicroBatch = field(default_factory=lambda: MicroBatch(0, (), True, 0))
     bad: tuple[BadSample, ...] = ()
+    features_IPD: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +73,7 @@ class Pack:
     @property
     def num_images(self) -> int:
         """Number of images."""
-        return len(self.pixels_ICHW)
+        return len(self.pixels_ICHW) + len(self.features_IPD)
 
     def to(self, device: torch.device) -> "Pack":
         """Return the pack with its tensors on `device`."""
@@ -86,7 +90,7 @@ class Pack:
 
 def make_pack(
     rows: Sequence[Row],
-    pixels: Sequence[np.ndarray],
+    images: Sequence[np.ndarray | torch.Tensor],
     image_token_id: int,
     num_image_tokens: int,
     source: MicroBatch | None = None,
@@ -94,16 +98,16 @@ def make_pack(
 ) -> Pack:
     """Lay samples end to end.
 
-    `pixels` are `uint8` (C, H, W), one per image, in the order of the rows and of the images in each; `bad` is what of
-    the micro-batch `source` is masked.
+    `images` are `uint8` pixels (C, H, W) as arrays or features (P, D) as tensors, one per image, in the order of the
+    rows and of the images in each; `bad` is what of the micro-batch `source` is masked.
 
     Raises:
         ValueError: a sample's placeholders do not match its images (our own invariant: the index checked it).
     """
     samples = [_expand(row, image_token_id, num_image_tokens) for row in rows]
     num_images = sum(len(row.images) for row in rows)
-    if num_images != len(pixels):
-        raise ValueError(f"{len(pixels)} images for placeholders of {num_images}")
+    if num_images != len(images):
+        raise ValueError(f"{len(images)} images for placeholders of {num_images}")
     source = source or MicroBatch(0, tuple(range(len(rows))), True, sum(len(positions) for _, positions in samples))
     masked = {one.number for one in bad}
     lengths = tuple(len(ids) for ids, _ in samples)
@@ -115,6 +119,9 @@ def make_pack(
         ]
     )
     ids = np.concatenate([ids for ids, _ in samples])
+    none = torch.zeros(0, dtype=torch.uint8)
+    stacked = torch.stack([torch.as_tensor(image) for image in images]) if images else none
+    are_features = bool(images) and isinstance(images[0], torch.Tensor)
     return Pack(
         ids_T=torch.from_numpy(ids),
         image_positions_M=torch.from_numpy(np.flatnonzero(ids == image_token_id)),
@@ -123,9 +130,10 @@ def make_pack(
         lengths=lengths,
         predictors_S=torch.from_numpy(supervised - 1),
         targets_S=torch.from_numpy(ids[supervised]),
-        pixels_ICHW=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, dtype=torch.uint8),
+        pixels_ICHW=none if are_features else stacked,
         source=source,
         bad=tuple(bad),
+        features_IPD=stacked if are_features else none,
     )
 
 

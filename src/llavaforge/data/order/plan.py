@@ -109,6 +109,17 @@ class Plan:
         epochs = positions // size
         return np.concatenate([self.mixture.epoch(int(e))[positions[epochs == e] % size] for e in np.unique(epochs)])
 
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Return the rows that the run takes at least once."""
+        epochs, rest = divmod(self.num_steps * self.global_batch_size, len(self.mixture))
+        taken = np.zeros(len(self.lengths), dtype=bool)
+        for epoch in range(epochs):
+            if taken[self.mixture.all_rows].all():
+                break
+            taken[self.mixture.epoch(epoch)] = True
+        taken[self.mixture.epoch(epochs)[:rest]] = True
+        return np.flatnonzero(taken)
+
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Return the micro-batches of one rank for one step; every rank gets the same number of them."""
         batch = self.global_batch(step)
