@@ -57,7 +57,7 @@ def injected(faults: dict[str, Any]) -> Iterator[None]:
             if faults.get("write_fails") == _rank():
                 raise OSError(errno.EIO, "Input/output error")
             if faults.get("write_after", [None])[0] == _rank():
-                assert is_taken.wait(300), "training waits for the checkpoint"
+                assert is_taken.wait(120), "training waits for the checkpoint"
         return open_path(self, *arguments, **options)
 
     def stopped(self: Guards, packs: list[Pack], fault: Any, stop: Any) -> tuple[int, bool]:
