@@ -132,7 +132,10 @@ def _raised(packs: Any, timeout_s: float) -> Iterator[Pack]:
         except StopIteration:
             return
         except TimeoutError:
-            for worker in getattr(packs, "_workers", ()):  # what waits for one that hangs goes on then
+            loaders = getattr(packs, "_workers", ())
+            if _signals_of(loaders):  # torch looks for dead ones every five seconds only
+                raise _death(loaders) from None
+            for worker in loaders:  # what waits for one that hangs goes on then
                 worker.kill()
             raise RunFailed(
                 f"no image came from the loader for {timeout_s:.0f} s (stuck_timeout_s): it hangs, as on a network "
@@ -142,16 +145,25 @@ def _raised(packs: Any, timeout_s: float) -> Iterator[Pack]:
             # A connection to a worker breaks when it dies while it hands a pack over, before torch sees it dead.
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            signals = {-code for worker in packs._workers if (code := worker.exitcode) is not None and code < 0}
-            ended = " by " + ", ".join(signal.Signals(number).name for number in sorted(signals)) if signals else ""
-            raise RunFailed(
-                f"a loader worker was ended{ended}. SIGKILL is most often the system, when memory is used up: lower "
-                "--dataloader_num_workers or give the job more memory; SIGBUS is a full /dev/shm, or prepared data "
-                "that was cut while it was in use."
-            ) from None
+            raise _death(packs._workers) from None
         if isinstance(pack, UserError):
             raise pack
         yield pack
+
+
+def _signals_of(loaders: Iterable[Any]) -> set[int]:
+    """Return the signals that ended some of the workers."""
+    return {-code for worker in loaders if (code := worker.exitcode) is not None and code < 0}
+
+
+def _death(loaders: Iterable[Any]) -> RunFailed:
+    found = _signals_of(loaders)
+    ended = " by " + ", ".join(signal.Signals(number).name for number in sorted(found)) if found else ""
+    return RunFailed(
+        f"a loader worker was ended{ended}. SIGKILL is most often the system, when memory is used up: lower "
+        "--dataloader_num_workers or give the job more memory; SIGBUS is a full /dev/shm, or prepared data "
+        "that was cut while it was in use."
+    )
 
 
 @contextmanager
