@@ -99,7 +99,9 @@ class Save:
             self._temporary = Path(self._world.broadcast_object(self._world.run_on_all(begin)))
             self._files: list[Future[_File]] = []
             pool = ThreadPoolExecutor(_NUM_THREADS, "checkpoint")
-            for number, shard in enumerate(in_shards(_tensors(engine)), start=1):
+            shards = in_shards(_tensors(engine))
+            # All are copied before the first is written: training waits for the copy, and writing would slow it down.
+            for number, shard in enumerate(shards if at_once else list(shards), start=1):
                 name = f"{STEM}-of-{self._world.rank:05d}-{number:05d}.safetensors"
                 self._files.append(pool.submit(self._write, name, shard))
                 if at_once:
