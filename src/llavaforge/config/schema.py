@@ -361,8 +361,9 @@ class TrainConfig(DataOptions):
     """Processes that decode images (0: the training process itself)."""
     cache_vision_features: Changeable[Literal["off", "disk", "memory"]] = "off"
     """Run a frozen vision tower over each image once, before step 1, and keep what it makes of it: in `cache_dir`
-    (`disk`) or in the host's memory until the stage ends (`memory`). For small data and many epochs: with CLIP-L/336 in
-    bfloat16 an image takes 1.2 MB, so 10,000 take 12 GB, and LLaVA's 595,375 would take 700 GB."""
+    (`disk`) or in the host's memory until the stage ends (`memory`). For small data, many epochs and a small language
+    model: all that is saved is the tower's share of a step. With CLIP-L/336 in bfloat16 an image takes 1.2 MB, so
+    10,000 take 12 GB, and LLaVA's 595,375 would take 700 GB."""
 
     save_steps: Changeable[NonNegativeInt] = 500
     """A checkpoint every so many steps (0: none); training goes on while it is written."""

@@ -67,7 +67,8 @@ class _Images:
 def keeping_features(opened: OpenedStage, world: World) -> Iterator[OpenedStage]:
     """Give the stage with kept features, where `cache_vision_features` asks for them; all processes call this.
 
-    The order of the samples stays that of a run without, and so do its weights.
+    The order of the samples stays that of a run without. So do the weights: to the byte where a step's tower would see
+    as many images at once as `FeatureMaker`'s, else within the rounding of its matrix products.
 
     Raises:
         UserError: there is no room for them, or a file cannot be written.
