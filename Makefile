@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features faults soak
+.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -47,6 +47,9 @@ bench-scaling: .venv/installed
 
 bench-features: .venv/installed
 	$(BIN)/python -m bench.features
+
+bench-lengths: .venv/installed
+	$(BIN)/python -m bench.lengths
 
 faults: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.faults

@@ -169,6 +169,6 @@ CLASSES = (
 
 NOT_APPLICABLE = {
     "remote images, SSRF, servers without a key, Gradio": "nothing is fetched or served; `demo` is not there yet",
-    "a GPU's own faults (NCCL, device memory)": "one H200 was tried, with `env --check` and `make bench-gpu`, and none came",
+    "a GPU's own faults (NCCL, device memory)": "none came on the one H200 that was tried, by `make bench-gpu`",
     "flipped bits in the middle of a JPEG": "the format has no checksum; a zip's CRC-32 is checked",
 }
