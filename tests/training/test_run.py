@@ -195,7 +195,7 @@ def test_nothing_of_the_model_runs_outside_the_step_module(
     num_calls = 0
     init, forward = StepModule.__init__, StepModule.forward
 
-    def watched_init(self: StepModule, model: torch.nn.Module, *arguments: object) -> None:
+    def watched_init(self: StepModule, model: torch.nn.Module, *arguments: object, **options: object) -> None:
         def check(*_: object) -> None:
             nonlocal num_calls
             num_calls += 1
@@ -203,7 +203,7 @@ def test_nothing_of_the_model_runs_outside_the_step_module(
 
         for module in model.modules():
             module.register_forward_pre_hook(check)
-        init(self, model, *arguments)
+        init(self, model, *arguments, **options)
 
     def watched_forward(self: StepModule, pack: Pack) -> torch.Tensor:
         inside.append(True)
