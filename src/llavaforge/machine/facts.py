@@ -16,6 +16,7 @@ import torch
 from llavaforge.device import compute_dtype, pick_device, total_memory
 from llavaforge.model.attention import has_varlen
 from llavaforge.model.compile import missing_for_compile
+from llavaforge.processes.workers import num_cores
 from llavaforge.version import __version__
 
 LIBRARIES = (
@@ -40,7 +41,7 @@ def machine_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libraries": {**{name: _version(name) for name in LIBRARIES}, "torch": torch.__version__},
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(total_memory(torch.device("cpu")) / 2**30, 1),
         "shm_gib": _gib("/dev/shm"),

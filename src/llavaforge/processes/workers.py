@@ -112,9 +112,14 @@ def _end_after(sentinel: int) -> None:
     os._exit(1)
 
 
+def own_cores() -> set[int]:
+    """Return the processor cores that this process may use; all where the system does not tell (macOS)."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def num_cores() -> int:
-    """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return their number."""
+    return len(own_cores())
 
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from llavaforge.device import pick_device
 from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError, as_user_error
+from llavaforge.processes import workers
 from llavaforge.processes.heartbeat import Heartbeat
 
 T = TypeVar("T")
@@ -181,13 +182,12 @@ class World:
             device_id=self.device if backend == "nccl" else None,
         )  # fmt: skip
         self._control_group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-        hosts = self.all_gather_objects((socket.gethostname(), _device_id(self.device)))
-        names = [host for host, _ in hosts]
+        mine = socket.gethostname(), _device_id(self.device), workers.own_cores()
+        names, devices, cores = zip(*self.all_gather_objects(mine), strict=True)
         self.rank_on_host = names[: self.rank].count(names[self.rank])
         self.size_on_host = names.count(names[self.rank])
-        self.run_on_all(lambda: _check_devices(hosts, self.rank))
-        cores = self.all_gather_objects((socket.gethostname(), os.sched_getaffinity(0)))
-        self.num_cores = share_of_cores(cores, self.rank)
+        self.num_cores = share_of_cores(list(zip(names, cores, strict=True)), self.rank)
+        self.run_on_all(lambda: _check_devices(list(zip(names, devices, strict=True)), self.rank))
 
 
 _open: list[World] = []  # at most one

@@ -111,7 +111,7 @@ class Saver:
             self.finish()
         except UserError as error:
             return str(error)
-        except EndedElsewhere:
+        except EndedElsewhere:  # another process tells why
             pass
         where = f"saved in {self._folder}" if self._folder.exists() else "not saved"
         step = self._state.step
