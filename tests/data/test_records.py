@@ -42,7 +42,7 @@ def test_a_row_of_cc3m() -> None:
     assert parse_record(CC3M_ROW) == Record(
         id="GCC_train_002582585",
         images=(ImageRef("GCC_train_002582585.jpg"),),
-        turns=(Turn("user", QUESTION), Turn("assistant", ANSWER)),
+        turns=(Turn("user", "<image>\nProvide a brief description of the given image."), Turn("assistant", ANSWER)),
     )
 
 

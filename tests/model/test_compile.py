@@ -1,7 +1,10 @@
 """Compiled layers compute what eager ones do, with one graph for all layers and all packs."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,32 @@ def test_a_compiled_run_takes_the_steps_of_an_eager_one(tiny_llava: Path, shapes
         losses[option] = [line["loss"] for line in read_metrics(folder)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     assert len(set(losses[True])) == 3
+
+
+@not_on_old_torch
+@pytest.mark.slow
+def test_code_that_was_compiled_for_another_processor_is_not_taken(tiny_llava: Path, tmp_path: Path) -> None:
+    """torch's own cache would give it, and vectors twice as long: every other number was not computed."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("a processor of one kind only")
+    program = (
+        "import sys, torch\n"
+        "from llavaforge.model.compile import compile_layers\n"
+        "from llavaforge.model.load import load_model\n"
+        "model = load_model(sys.argv[1], torch.float32).model\n"
+        "torch.manual_seed(0)\n"
+        "pixels = torch.randn(2, 3, model.config.vision_config.image_size, model.config.vision_config.image_size)\n"
+        "with torch.no_grad():\n"
+        "    expected = model.get_image_features(pixels).pooler_output[0]\n"
+        "    compile_layers(model)\n"
+        "    found = model.get_image_features(pixels).pooler_output[0]\n"
+        "assert torch.allclose(found, expected, atol=1e-5), float((found - expected).abs().max())\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for capability in ("avx512", "avx2"):
+        command = [sys.executable, "-c", program, str(tiny_llava)]
+        subprocess.run(command, env={**environment, "ATEN_CPU_CAPABILITY": capability}, check=True, timeout=300)
+    assert len(list((tmp_path / "cache").glob("cpu-*"))) == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from llavaforge.data.rows.turns import image_first
 from llavaforge.model_folder.chat_template import accepting_strings_and_lists, default_chat_template
 from tiny_parts import CHATML
 
@@ -28,7 +29,8 @@ IMAGE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
     ("parts", "string"),
     [
         ([IMAGE, WHAT], "<image>\nWhat?"),
-        ([WHAT, IMAGE], "What?\n<image>"),
+        ([WHAT, IMAGE], "<image>\nWhat?"),
+        ([WHAT, IMAGE, {"type": "text", "text": "Now?"}], "<image>\nWhat?\nNow?"),
         ([IMAGE, {"type": "text", "text": "\nWhat?"}], "<image>\nWhat?"),
         ([WHAT, {"type": "text", "text": " Now?"}], "What? Now?"),
         ([IMAGE, IMAGE, WHAT], "<image>\n<image>\nWhat?"),
@@ -50,12 +52,38 @@ def test_strings_render_to_the_byte_as_with_the_model_s_own_template(own):
             assert render(template, content, **options) == render(own, content, **options)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "<image>\nWhat?",
+            "What?\n<image>",
+            "What? <image>",
+            "<image>What?",
+            "Is <image> red?",
+            "a\n<image> b",
+            "<image>",
+        ),
+        *("<image> <image> differ?", "What?", "\n <image>\n\n a \n"),
+    ],
+)
+@pytest.mark.parametrize("own", [CHATML, STRICT])
+def test_a_template_puts_a_user_s_only_image_where_training_puts_it(own, text):
+    template = accepting_strings_and_lists(own, {"bos_token": "<s>"})
+    assert render(template, text) == render(own, image_first(text))
+    assert image_first(image_first(text)) == image_first(text)
+    asked = [{"role": "user", "content": "Which tag?"}, {"role": "assistant", "content": text}]
+    plain, ours = (render_jinja_template([asked], chat_template=one, bos_token="<s>")[0][0] for one in (own, template))
+    assert ours == plain  # an answer is no question
+
+
 def test_a_template_of_lists_alone_learns_strings():
     template = accepting_strings_and_lists(LIST_ONLY, {})
     assert render(LIST_ONLY, "What?") != render(template, "What?")
     answer = [{"type": "text", "text": "Cats."}]
     assert render(template, [IMAGE, WHAT]) == render(LIST_ONLY, [IMAGE, WHAT], answer)
-    assert "USER: <image>\nWhat?" in render(template, "<image>\nWhat?")
+    for string in ("<image>\nWhat?", "What?\n<image>"):
+        assert "USER: <image>\nWhat?" in render(template, string)
 
 
 @pytest.mark.parametrize("own", [CHATML, STRICT, LIST_ONLY])
@@ -78,3 +106,12 @@ def test_the_default_template_is_chatml_and_ends_turns_with_a_token_that_the_mod
     other = default_chat_template(FakeTokenizer([], "</s>"))
     rendered, _ = render_jinja_template([conversation], chat_template=other, eos_token="</s>")
     assert rendered[0] == "<|im_start|>user\nHi</s>\n"
+
+
+def test_the_default_template_marks_what_is_learnt_for_those_who_train_further():
+    template = default_chat_template(FakeTokenizer(["<|im_end|>"], "</s>"))
+    spoken = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Ho"))] * 2
+    rendered, learnt = render_jinja_template(
+        [spoken], chat_template=accepting_strings_and_lists(template, {}), return_assistant_tokens_mask=True
+    )
+    assert [rendered[0][start:end] for start, end in learnt[0]] == ["Ho<|im_end|>", "Ho<|im_end|>"]

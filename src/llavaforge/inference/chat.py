@@ -9,7 +9,7 @@ from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import ChatConfig, SampleOptions
 from llavaforge.data.pixels.decode import decode
 from llavaforge.data.pixels.preprocessing import Pixels
-from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
+from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn, image_first
 from llavaforge.device import compute_dtype, pick_device
 from llavaforge.errors import UserError
 from llavaforge.inference.generate import Answerer, Question
@@ -59,14 +59,14 @@ def _session(answerer: Answerer, pixels: Sequence[Pixels]) -> None:
 
 
 def _first_turn(prompt: str, pixels: Sequence[Pixels]) -> Turn:
-    """Put the image before the first prompt, where LLaVA's data has it most often, unless the user placed it."""
+    """Put the image before the first prompt, as in training."""
     if not pixels and IMAGE_PLACEHOLDER in prompt:
         raise UserError("the prompt has `<image>` but there is no image: give --image FILE.")
     if prompt.count(IMAGE_PLACEHOLDER) > 1:
         raise UserError("the prompt has more than one `<image>`, and --image is one: leave one of them.")
     if pixels and IMAGE_PLACEHOLDER not in prompt:
-        prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
-    return Turn("user", prompt)
+        prompt = IMAGE_PLACEHOLDER + prompt
+    return Turn("user", image_first(prompt))
 
 
 def _say(answer: str) -> None:

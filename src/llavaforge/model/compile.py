@@ -5,15 +5,19 @@ All layers of a kind share one graph, whatever the pack: lengths are symbols in 
 hidden in `attention.Borders`.
 """
 
+import hashlib
 import importlib.util
 import logging
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from llavaforge.errors import UserError
 from llavaforge.model.tower import num_layers_used, vision_backbone
@@ -70,9 +74,31 @@ def compile_layers(model: Any, must: bool = True, backend: str | Callable[..., A
     """
     torch._dynamo.reset()  # graphs of an earlier stage's model: they count towards the bound, and hold its weights
     torch._dynamo.config.suppress_errors = not must
+    if next(model.parameters()).device.type == "cpu":
+        _separate_cache()
     tower = vision_backbone(model)
     for layer in (*model.model.language_model.layers, *tower.encoder.layers[: num_layers_used(model.config)]):
         layer.compile(dynamic=True, backend=backend)
+
+
+def _separate_cache() -> None:
+    """Keep this kind of processor's compiled code in a folder of its own within torch's cache.
+
+    torch does not tell them apart: code for vectors of 16 numbers, found in a cache that machines share (or in an image)
+    and built where they hold 8, computes half of them. Seen with torch 2.13: losses of NaN.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    kind = hashlib.sha256(f"{capability} {_cpu_flags()}".encode()).hexdigest()[:12]
+    folder = Path(cache_dir())
+    if folder.name != f"cpu-{kind}":
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"cpu-{kind}")
+
+
+def _cpu_flags() -> str:
+    """Return what the processor can do, in the system's words."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def is_compiled(model: Any) -> bool:

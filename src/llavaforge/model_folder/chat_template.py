@@ -21,16 +21,34 @@ log = logging.getLogger(__name__)
 
 # Named `llavaforge` inside, so that it cannot meet a variable of the template that follows. Templates run in an
 # immutable sandbox: no list.append, hence `+ [...]`.
-LISTS_TO_STRINGS = """\
-{#- llavaforge: content may be a string or a list of images and texts -#}
+_BEGIN = """\
+{#- llavaforge: content may be a string or a list of images and texts; a user's only image comes first -#}
 {%- set llavaforge = namespace(messages=[], text='', after_image=false) -%}
 {%- for message in messages -%}
-{%- if message['content'] is string or message['content'] is not defined or message['content'] is none -%}
+"""
+# `data/rows/turns.py: image_first`, in Jinja.
+_IMAGE_FIRST = """\
+{%- set halves = llavaforge.text.split('<image>') -%}
+{%- if message['role'] == 'user' and halves | length == 2 -%}
+{%- set newline = halves[0].endswith('\\n') or halves[1].startswith('\\n') -%}
+{%- set words = (halves[0].rstrip() + ('\\n' if newline else ' ') + halves[1].lstrip()).strip() -%}
+{%- set llavaforge.text = '<image>' + ('\\n' + words if words else '') -%}
+{%- endif -%}
+"""
+_END = """\
+{%- endfor -%}
+{%- set messages = llavaforge.messages %}
+"""
+
+LISTS_TO_STRINGS = (
+    _BEGIN
+    + """\
+{%- if message['content'] is not defined or message['content'] is none -%}
 {%- set llavaforge.messages = llavaforge.messages + [message] -%}
 {%- else -%}
 {%- set llavaforge.text = '' -%}
 {%- set llavaforge.after_image = false -%}
-{%- for part in message['content'] -%}
+{%- for part in ([message['content']] if message['content'] is string else message['content']) -%}
 {%- set is_image = part is not string and part['type'] in ['image', 'image_url'] -%}
 {%- set piece = '<image>' if is_image else part if part is string else part['text'] -%}
 {%- if (is_image or llavaforge.after_image) and not loop.first -%}
@@ -40,30 +58,43 @@ LISTS_TO_STRINGS = """\
 {%- set llavaforge.text = llavaforge.text + piece -%}
 {%- set llavaforge.after_image = is_image -%}
 {%- endfor -%}
+"""
+    + _IMAGE_FIRST
+    + """\
 {%- set llavaforge.messages = llavaforge.messages + [dict(message, content=llavaforge.text)] -%}
 {%- endif -%}
-{%- endfor -%}
-{%- set messages = llavaforge.messages %}
 """
+    + _END
+)
 
-# The other way round, for llava-hf's own templates, which know lists alone and drop strings in silence.
-STRINGS_TO_LISTS = """\
-{#- llavaforge: content may be a string or a list of images and texts -#}
-{%- set llavaforge = namespace(messages=[]) -%}
-{%- for message in messages -%}
+# The other way round, for llava-hf's own templates, which know lists alone (and put their images first) and drop
+# strings in silence.
+STRINGS_TO_LISTS = (
+    _BEGIN
+    + """\
 {%- set content = message['content'] -%}
-{%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
-{%- set llavaforge.messages = llavaforge.messages + [dict(message, content=parts)] -%}
-{%- endfor -%}
-{%- set messages = llavaforge.messages %}
+{%- set llavaforge.text = content if content is string else '' -%}
 """
+    + _IMAGE_FIRST
+    + """\
+{%- set parts = [{'type': 'text', 'text': llavaforge.text}] if content is string else content -%}
+{%- set llavaforge.messages = llavaforge.messages + [dict(message, content=parts)] -%}
+"""
+    + _END
+)
 
 _LONGEST_S = 5
 _MOST_MEMORY = 1 << 30
 
 _CHATML = """\
 {%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + END + '\\n' }}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] + END }}{%- endgeneration %}
+{%- else %}
+{{- message['content'] + END }}
+{%- endif %}
+{{- '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\\n' }}
@@ -75,7 +106,8 @@ def default_chat_template(tokenizer: Any) -> str:
     """Return ChatML, the default for a language model without a chat template.
 
     Turns end with `<|im_end|>` where that is one token of the tokenizer, else with its end-of-sequence token: an
-    untrained language model should not have to learn a new way to stop.
+    untrained language model should not have to learn a new way to stop. `generation` marks what is learnt, for those
+    who train the model further (`return_assistant_tokens_mask` of transformers, TRL's `assistant_only_loss`).
     """
     known = "<|im_end|>" in tokenizer.get_vocab() or not tokenizer.eos_token
     return _CHATML.replace("END", "'<|im_end|>'" if known else "eos_token")
@@ -87,12 +119,13 @@ def accepting_strings_and_lists(template: str, tokens: Mapping[str, str]) -> str
     `tokens` are what templates may name: `bos_token`, `eos_token`, ...
     """
     text = "probe\nprobe"
-    contents = f"<image>\n{text}", [{"type": "image"}, {"type": "text", "text": text}]
-    plain, parts = (_render(template, [{"role": "user", "content": content}], tokens) for content in contents)
-    knows_strings = plain is not None and text in plain and "<image>" in plain
-    knows_lists = parts is not None and text in parts and "<image>" in parts
-    if knows_strings and parts == plain:
+    image, words = {"type": "image"}, {"type": "text", "text": text}
+    contents = f"<image>\n{text}", f"{text}\n<image>", [image, words], [words, image]
+    first, *others = (_render(template, [{"role": "user", "content": content}], tokens) for content in contents)
+    knows_strings = first is not None and text in first and "<image>" in first
+    if knows_strings and all(other == first for other in others):
         return template
+    knows_lists = others[1] is not None and text in others[1] and "<image>" in others[1]
     return (STRINGS_TO_LISTS if knows_lists and not knows_strings else LISTS_TO_STRINGS) + template
 
 

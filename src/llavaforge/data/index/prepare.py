@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Raise the first when a change of this package changes ids or labels, which ends runs that have begun (their identity
 # holds it); the second when it only changes what else the file holds, or how.
-_FORMAT, _LAYOUT = 2, 3
+_FORMAT, _LAYOUT = 3, 3
 _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a process
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
 _BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch

@@ -29,7 +29,7 @@ from typing import Any
 
 from llavaforge.data.faults import RecordError
 from llavaforge.data.rows.formats import FORMATS, check_all_read, detect_format
-from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, image_first
 from llavaforge.data.storage.image_ref import ImageRef, short
 
 
@@ -40,7 +40,7 @@ class Record:
     Attributes:
         id: its own id, or an empty text.
         images: in the order of their placeholders.
-        turns: user first, after a system turn if any.
+        turns: user first, after a system turn if any; a user's only image stands before the words.
         num_literals: `<image>` in texts that stand for themselves and were escaped.
     """
 
@@ -73,6 +73,7 @@ def parse_record(row: Any, format_: str = "auto", columns: Mapping[str, str] | N
     _check_order(turns)
     _check_placeholders(turns, images)
     num_literals += sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role != "user")
+    turns = tuple(Turn(turn.role, image_first(turn.text)) if turn.role == "user" else turn for turn in turns)
     return Record(id=id_of(row), images=tuple(images), turns=turns, num_literals=num_literals)
 
 
