@@ -1,19 +1,21 @@
 """What is measured: sizes of the model, scenarios, contenders. All choices of the benchmark are in this file."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Literal
 
 from llavaforge.machine.random_model import PUBLISHED, REPLICA, ModelSize
 
-Side = Literal["ours", "usual", "usual_workers"]
+Side = Literal["ours", "usual", "usual_workers", "trl"]
 Data = Literal["captions", "instructions"]
 
 SIDE_TITLES: dict[Side, str] = {
     "ours": "llavaforge",
     "usual": "the usual way",
     "usual_workers": "... with 2 loader workers",
+    "trl": "TRL's SFTTrainer",
 }
-NUM_WORKERS: dict[Side, int] = {"ours": 2, "usual": 0, "usual_workers": 2}
+NUM_WORKERS: dict[Side, int] = {"ours": 2, "usual": 0, "usual_workers": 2, "trl": 2}
 
 
 REAL = "CLIP-L/336 + Qwen1.5-4B"
@@ -50,9 +52,12 @@ class Scenario:
         return f"{self.data}-{self.train_type}"
 
 
+# Not a part of llavaforge's environment: it races where it is installed.
+_TRL: tuple[Side, ...] = ("trl",) if importlib.util.find_spec("trl") else ()
+
 # LLaVA's stage 1 and stage 2 with its learning rates.
 SCENARIOS: tuple[Scenario, ...] = (
-    Scenario("captions", "projector", 1e-3, 1.5, ("ours", "usual", "usual_workers")),
+    Scenario("captions", "projector", 1e-3, 1.5, ("ours", "usual", "usual_workers", *_TRL)),
     Scenario("instructions", "freeze_vision", 2e-5, 1.7, ("ours", "usual")),
     Scenario("instructions", "use_lora", 2e-4, 1.7, ("ours", "usual")),
 )

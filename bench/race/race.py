@@ -20,6 +20,7 @@ MODULES: dict[Side, str] = {
     "ours": "bench.race.our_way",
     "usual": "bench.race.usual_way",
     "usual_workers": "bench.race.usual_way",
+    "trl": "bench.race.trl_way",
 }
 WARMUP_STEPS = 2
 # Loader workers keep up to 8 batches ready. So many steps lie beyond the last one measured that they work all the time.

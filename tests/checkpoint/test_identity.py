@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from llavaforge.checkpoint.identity import check_same_run
@@ -15,6 +14,7 @@ from llavaforge.config.schema import EvaluateConfig, ExportConfig, TrainConfig, 
 from llavaforge.errors import UserError
 from llavaforge.inference.evaluate import evaluate
 from llavaforge.inference.export import export
+from llavaforge.model.lora import adapter_tensors
 from llavaforge.training.run import train
 from train_tools import train_config
 
@@ -31,14 +31,18 @@ def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_older_run_goes_on_although_options_were_added(old_run: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    config = parse("train", ["recipe.yaml"])
+    config = parse("train", ["recipe.yaml", "--allow_changes", "data"])  # since then records are prepared otherwise
     assert isinstance(config, TrainConfig)
     assert train(config)["global_step"] == 6
     assert "going on from run/checkpoint-4" in caplog.text
     found, expected = load_file("run/final/adapter_model.safetensors"), load_file("adapter_after_6_steps.safetensors")
     assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    trained = read_trained(old_run / "run" / "checkpoint-4", base_model=old_run / "model")
+    assert trained is not None
+    start = adapter_tensors(trained.tensors)
+    for name in expected:  # not equal: some questions had their image at the end then
+        difference, moved = (found[name] - expected[name]).norm(), (expected[name] - start[name]).norm()
+        assert difference < 0.8 * moved, (name, difference, moved)
 
 
 def test_a_checkpoint_of_an_older_run_is_read(old_run: Path) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModel
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import CustomizeModelConfig, ExportConfig
 from llavaforge.errors import UserError
-from llavaforge.inference.export import export
+from llavaforge.inference.export import Sample, _generate, check_batch, export
 from llavaforge.join.parts import customize_model
+from llavaforge.model_folder.verify import load_verified
+from llavaforge.model_folder.write import update_model_folder
 from llavaforge.training.run import train
 from train_tools import TRAIN_TYPES, tensors_of, train_config
 
@@ -30,8 +33,6 @@ def runs(tiny_llava: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def logits(model: LlavaForConditionalGeneration, folder: Path, shapes: Path) -> torch.Tensor:
-    from PIL import Image
-
     processor = AutoProcessor.from_pretrained(folder)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -171,15 +172,31 @@ def test_exported_folders_say_what_older_and_batched_clients_need(
 
 
 def test_a_folder_that_pads_on_the_right_fails_the_proof(tiny_llava: Path, tmp_path: Path) -> None:
-    from llavaforge.inference.export import check_batch
-    from llavaforge.model_folder.verify import load_verified
-
-    export(ExportConfig(checkpoint=tiny_llava, output_dir=tmp_path / "out"))
-    check_batch(tmp_path / "out", load_verified(tmp_path / "out"), bound=1e-3)
-    path = tmp_path / "out" / "tokenizer_config.json"
+    folder = tmp_path / "out"
+    export(ExportConfig(checkpoint=tiny_llava, output_dir=folder))
+    model, processor = load_verified(folder), AutoProcessor.from_pretrained(folder)
+    samples = [
+        Sample(Image.new("RGB", (40, 30), colour), text)
+        for colour, text in (("red", "What?"), ("blue", "What is it, and where?"))
+    ]
+    alone = [_generate(processor, model, [sample]) for sample in samples]
+    check_batch(folder, model, samples, alone, bound=1e-3)
+    path = folder / "tokenizer_config.json"
     path.write_text(path.read_text().replace('"padding_side": "left"', '"padding_side": "right"'))
     with pytest.raises(RuntimeError, match="in a batch the answer to 'What\\?' differs"):
-        check_batch(tmp_path / "out", load_verified(tmp_path / "out"), bound=1e-3)
+        check_batch(folder, model, samples, alone, bound=1e-3)
+
+
+def test_an_export_that_answers_otherwise_than_the_trained_model_is_told(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder that is written is another run's: its files are whole, its answers are not the ones asked for."""
+    monkeypatch.setattr(
+        "llavaforge.inference.export.merge",
+        lambda folder, trained, overwrite: update_model_folder(folder, trained.base, {}),
+    )
+    with pytest.raises(RuntimeError, match="is not the trained model's"):
+        export(ExportConfig(checkpoint=runs["use_lora"] / "final", output_dir=tmp_path / "out"))
 
 
 def test_peft_opens_the_adapter_by_itself(

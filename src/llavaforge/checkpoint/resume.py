@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from llavaforge.checkpoint.identity import check_same_run
-from llavaforge.checkpoint.state import LATEST, PREFIX, RUN, TRAIN_STATE, load_run, steps_of
+from llavaforge.checkpoint.state import LATEST, PREFIX, TRAIN_STATE, load_run, steps_of
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.files import NEW, replace_text, to_json
 from llavaforge.files import PREFIX as OWN_PREFIX
 from llavaforge.folders import differences, remove_leftovers, set_aside
+from llavaforge.model_folder.card import RUN
 from llavaforge.processes.world import World
 
 logger = logging.getLogger(__name__)

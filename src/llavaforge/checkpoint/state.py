@@ -12,6 +12,7 @@ number of processes:
 What is frozen is not in it: it is found in the base model, whose fingerprint `run.json` holds.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from llavaforge.config.train_types import TRAIN_TYPES, TrainType
 from llavaforge.engine.base import ParameterState
 from llavaforge.errors import reading
+from llavaforge.files import real_path
+from llavaforge.model_folder.card import RUN
 from llavaforge.model_folder.read import read_json
 from llavaforge.model_folder.tensors import open_tensors
 
 STEM = "state"
 TRAIN_STATE = "train_state.json"
-RUN = "run.json"
 LATEST = "latest"
 PREFIX = "checkpoint-"
 _KEYS = ("weight", "exp_avg", "exp_avg_sq")
@@ -92,14 +94,22 @@ def load_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def without_private_paths(value: Any) -> Any:
-    """Return a run's description for a folder that is given away: of absolute paths only the last name is left."""
+def without_private_paths(value: Any, relative_to: Path | None = None) -> Any:
+    """Return a run's description for a folder that is given away: of absolute paths only the last name is left.
+
+    Args:
+        value: the description, or a part of it.
+        relative_to: the folder; paths are said as seen from there, for a folder that needs what they lead to.
+    """
     if isinstance(value, dict):
-        return {key: without_private_paths(item) for key, item in value.items()}
+        return {key: without_private_paths(item, relative_to) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_private_paths(item) for item in value]
-    is_private = isinstance(value, str) and value.startswith(("/", "~"))
-    return Path(value).name if is_private else value
+        return [without_private_paths(item, relative_to) for item in value]
+    is_private = isinstance(value, str) and value.startswith(("/", "~", "../"))
+    if not is_private:
+        return value
+    path = Path(value).expanduser()
+    return path.name if relative_to is None else os.path.relpath(real_path(path), real_path(relative_to))
 
 
 class ParameterStates(Mapping[str, ParameterState]):

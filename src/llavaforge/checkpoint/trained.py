@@ -4,18 +4,20 @@ Comes in: a folder of a run. Goes out: the trained tensors and the base model th
 merged into a new folder.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llavaforge.checkpoint.state import RUN, TRAIN_STATE, load_run, load_weights, without_private_paths
+from llavaforge.checkpoint.state import TRAIN_STATE, load_run, load_weights, without_private_paths
 from llavaforge.errors import UserError, reading
-from llavaforge.files import to_json
+from llavaforge.files import real_path
 from llavaforge.folders import differences, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.lora import LoraOptions, add_lora, is_lora, lora_modules, merged_weight, trained_tensors
+from llavaforge.model_folder.card import RUN
 from llavaforge.model_folder.tensors import open_tensors
 from llavaforge.model_folder.write import update_model_folder
 
@@ -63,7 +65,8 @@ def read_trained(folder: Path, base_model: Path | None = None) -> Trained | None
     if found := differences(folder):
         raise UserError(f"{folder}: {'; '.join(found)}. Give another checkpoint, or copy it again.")
     run = load_run(folder)
-    base = base_model or Path(run["base_model"])
+    # Of an adapter that is given away the path leads from its own folder (`folder / absolute` is absolute).
+    base = base_model or Path(os.path.normpath(real_path(folder) / run["base_model"]))
     _check_base(folder, base, run, is_given=base_model is not None)
     with reading(folder / RUN, "Restore it, or give another checkpoint."):
         options = _lora_options(run)
@@ -107,8 +110,8 @@ def merge(output_dir: Path, trained: Trained, overwrite: bool = False) -> None:
             return merged_weight(base, trained.tensors, modules[name], trained.lora.scaling)
         return trained.tensors.get(name, base)
 
-    run = to_json(without_private_paths(trained.run), indent=1) + "\n"
-    update_model_folder(output_dir, trained.base, changed, overwrite=overwrite, extra_files={RUN: run})
+    records = {RUN: without_private_paths(trained.run)}
+    update_model_folder(output_dir, trained.base, changed, overwrite=overwrite, records=records)
 
 
 def _lora_options(run: dict[str, Any]) -> LoraOptions | None:

@@ -1,29 +1,33 @@
 """`llavaforge export`: from a checkpoint to a plain transformers folder that is proved to be the trained model.
 
 Comes in: a checkpoint-N or a `final`. Goes out: a model folder, and the largest difference between its logits under
-plain transformers and those of the trained model (LoRA unmerged) on a real sample.
+plain transformers and those of the trained model (LoRA unmerged), while both answer real samples.
 """
 
 import gc
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from llavaforge.checkpoint.state import load_run
 from llavaforge.checkpoint.trained import Trained, merge, open_model, read_trained
 from llavaforge.config.schema import DataEntry, ExportConfig
 from llavaforge.data.faults import RecordError
 from llavaforge.data.index.prepare import records_of
 from llavaforge.data.pixels.decode import decode
-from llavaforge.data.rows.sources import find_source
+from llavaforge.data.rows.records import Record
+from llavaforge.data.rows.sources import Source, find_source
+from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
 from llavaforge.errors import UserError
 from llavaforge.files import cache_dir
-from llavaforge.model_folder.read import read_processor
+from llavaforge.model_folder.card import RUN
 from llavaforge.model_folder.verify import load_verified
 from llavaforge.model_folder.write import check_output_dir, update_model_folder
 from llavaforge.results import ExportResult
@@ -31,6 +35,7 @@ from llavaforge.results import ExportResult
 logger = logging.getLogger(__name__)
 
 _QUESTIONS = ("What?", "What is in this image, where is it, and what is around it?")
+_NUM_SAMPLES, _NUM_NEW_TOKENS = 2, 6
 
 # Largest difference allowed, as a share of the largest logit: for float32 rounding alone; for half precision a merged
 # LoRA rounds each weight once more (2^-9 relative for bfloat16): 5.6 % were seen of a tiny model with AMX.
@@ -58,58 +63,90 @@ def export(config: ExportConfig) -> ExportResult:
         update_model_folder(config.output_dir, config.checkpoint, {}, overwrite=config.overwrite)
     else:
         merge(config.output_dir, trained, overwrite=config.overwrite)
-    inputs = _real_sample(config.output_dir, trained)
-    expected = _logits(model, inputs)
+    processor, samples = AutoProcessor.from_pretrained(config.output_dir), _samples(config.checkpoint, trained)
+    expected = [_generate(processor, model, [sample]) for sample in samples]
+    bound = _BOUND[model.dtype] * max(1.0, *(float(answer.logits.abs().max()) for answer in expected))
     del model
     gc.collect()  # one model at a time
     exported = load_verified(config.output_dir)
-    found = _logits(exported, inputs)
-    difference = float((expected.float() - found.float()).abs().max())
-    bound = _BOUND[expected.dtype] * max(1.0, float(expected.abs().max()))
-    if not difference <= bound:
-        raise RuntimeError(
-            f"{config.output_dir}: logits differ from the trained model's by {difference:.3g}, more than {bound:.3g}."
-        )
-    logger.info(
-        "verified: plain transformers gives the trained model's logits (largest difference %.2g, at most %.2g in %s)",
-        *(difference, bound, str(expected.dtype).removeprefix("torch.")),
+    found = [_generate(processor, exported, [sample]) for sample in samples]
+    difference = max(
+        _compare(config.output_dir, "the answer to {!r} is not the trained model's", sample, one, other, bound)
+        for sample, one, other in zip(samples, expected, found, strict=True)
     )
-    check_batch(config.output_dir, exported, bound)
+    logger.info(
+        "verified: plain transformers answers %d samples as the trained model does (largest difference %.2g, at most "
+        "%.2g in %s)",
+        *(len(samples), difference, bound, str(exported.dtype).removeprefix("torch.")),
+    )
+    check_batch(config.output_dir, exported, samples, found, bound)
     return {"output_dir": str(config.output_dir), "max_logit_difference": difference}
 
 
-def check_batch(folder: Path, model: Any, bound: float) -> None:
-    """Let plain transformers answer a batch padded as the folder's files say, and each question of it alone.
+def check_batch(folder: Path, model: Any, samples: Sequence["Sample"], alone: Sequence["Answer"], bound: float) -> None:
+    """Let plain transformers answer samples as one batch, padded as the folder's files say.
+
+    Args:
+        folder: the exported one.
+        model: as plain transformers opens it.
+        samples: the longest one needs no padding, the others do.
+        alone: the model's answer to each of them by itself.
+        bound: largest difference of a logit that is taken.
 
     Raises:
         RuntimeError: the answers differ.
     """
-    processor = AutoProcessor.from_pretrained(folder)
-    alone = [_generate(processor, model, [question]) for question in _QUESTIONS]
-    together = _generate(processor, model, _QUESTIONS)
-    for number, (ids, logits) in enumerate(alone):
-        for step in range(min(len(logits), len(together[1]))):
-            difference = float((logits[step][0].float() - together[1][step][number].float()).abs().max())
-            if not difference <= bound:
-                raise RuntimeError(
-                    f"{folder}: in a batch the answer to {_QUESTIONS[number]!r} differs from the answer to it alone "
-                    f"(logits by {difference:.3g}, at most {bound:.3g} is taken)."
-                )
-            if ids[0, step] != together[0][number, step]:
-                break  # two tokens as likely as each other: what follows is about another text
-    logger.info("verified: plain transformers answers a padded batch as it answers one by one")
+    together = _generate(AutoProcessor.from_pretrained(folder), model, samples)
+    for number, (sample, one) in enumerate(zip(samples, alone, strict=True)):
+        other = Answer(together.ids[number : number + 1], together.logits[number : number + 1])
+        _compare(folder, "in a batch the answer to {!r} differs from the answer to it alone", sample, one, other, bound)
+    logger.info("verified: plain transformers answers them in a padded batch as one by one")
+
+
+class Sample(NamedTuple):
+    """What is asked."""
+
+    image: Image.Image
+    question: str
+
+
+class Answer(NamedTuple):
+    """New ids, (B, N), and the logits by which they were chosen, (B, N, V)."""
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
+def _compare(folder: Path, what: str, sample: Sample, one: Answer, other: Answer, bound: float) -> float:
+    """Return the largest difference between two answers to a sample, up to the first token that they do not share.
+
+    From there on they continue other texts: two tokens were as likely as each other, within the bound.
+
+    Raises:
+        RuntimeError: it is above the bound.
+    """
+    largest = 0.0
+    for step in range(min(one.ids.shape[1], other.ids.shape[1])):
+        difference = float((one.logits[0, step].float() - other.logits[0, step].float()).abs().max())
+        if not difference <= bound:
+            raise RuntimeError(
+                f"{folder}: {what.format(sample.question)} (a logit by {difference:.3g}, more than {bound:.3g})."
+            )
+        largest = max(largest, difference)
+        if one.ids[0, step] != other.ids[0, step]:
+            break
+    return largest
 
 
 @torch.no_grad()
-def _generate(processor: Any, model: Any, questions: Sequence[str]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """Return the new ids (B, T) and for each new token the logits (B, V) that it was chosen by."""
-    texts = [_prompt(processor, question) for question in questions]
-    inputs = processor(images=[_noise()] * len(texts), text=texts, padding=True, return_tensors="pt")
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    output = model.generate(
-        **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+def _generate(processor: Any, model: Any, samples: Sequence[Sample]) -> Answer:
+    texts = [_prompt(processor, sample.question) for sample in samples]
+    inputs = processor(images=[sample.image for sample in samples], text=texts, padding=True, return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(next(model.model.vision_tower.parameters()).dtype)
+    output = model.eval().generate(
+        **inputs, max_new_tokens=_NUM_NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    return output.sequences[:, inputs["input_ids"].shape[1] :], output.logits
+    return Answer(output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, dim=1))
 
 
 def _prompt(processor: Any, question: str) -> str:
@@ -117,35 +154,40 @@ def _prompt(processor: Any, question: str) -> str:
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
 
-def _real_sample(folder: Path, trained: Trained | None) -> dict[str, torch.Tensor]:
-    """Return a processor's output for an image and its question: of the training data when it is at hand."""
-    processor = read_processor(folder)
-    image, question = _first_image(trained) or (_noise(), "What is in this image?")
-    return dict(processor(images=image, text=_prompt(processor, question), return_tensors="pt"))
+def _samples(checkpoint: Path, trained: Trained | None) -> list[Sample]:
+    """Return what both models are asked: the first samples of the training data, when it is at hand.
 
-
-def _first_image(trained: Trained | None) -> tuple[Image.Image, str] | None:
-    if trained is None:
-        return None
+    Beside them a question of one word, so that a batch has to be padded.
+    """
+    generated = [Sample(_noise(), question) for question in _QUESTIONS]
+    around = checkpoint.resolve().parent  # a `final` that is a whole model is there to be given away: its run says more
     try:
-        stated = trained.run["data"][0]  # absent in runs of llavaforge 0.1.0 of before December 2026
-        entry = DataEntry(**{key: stated.get(key) for key in ("path", "images", "split")})
+        if trained is None and not (around / RUN).is_file():
+            return generated
+        run = load_run(around) if trained is None else trained.run
+        stated = run["data"][0]  # absent in runs of llavaforge 0.1.0 of before December 2026
+        paths = {key: _found(checkpoint, stated.get(key)) for key in ("path", "images")}
+        entry = DataEntry.model_validate(paths | {"split": stated.get("split")})
         source = find_source(entry, cache_dir())
-        record = next(record for record in records_of(source) if len(record.images) == 1)
-        image = decode(source.images.read(record.images[0]), source.images.name(record.images[0]))
-        return image, record.turns[-2].text.replace("<image>", "").strip() or "What is in this image?"
-    except (UserError, RecordError, StopIteration, LookupError, OSError, ValueError) as error:
+        records = (record for record in records_of(source) if len(record.images) == 1)
+        real = [_sample(source, record) for record in islice(records, _NUM_SAMPLES)]
+        return [*real, generated[0]] if real else generated
+    except (UserError, RecordError, LookupError, OSError, ValueError) as error:
         logger.warning("verifying on a generated image, the training data is not at hand: %s", error)
-        return None
+        return generated
+
+
+def _found(folder: Path, path: str | None) -> str | None:
+    """Return a path of a run's description, which leads from the run's folder where it was given away."""
+    beside = folder.resolve() / path if path else None
+    return str(beside) if beside is not None and beside.exists() else path
+
+
+def _sample(source: Source, record: Record) -> Sample:
+    image = decode(source.images.read(record.images[0]), source.images.name(record.images[0]))
+    asked = next(turn.text for turn in record.turns if IMAGE_PLACEHOLDER in turn.text)
+    return Sample(image, asked.replace(IMAGE_PLACEHOLDER, "").strip() or _QUESTIONS[1])
 
 
 def _noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 336, 3), dtype=np.uint8))
-
-
-@torch.no_grad()
-def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    model.eval()
-    pixels = inputs["pixel_values"].to(next(model.model.vision_tower.parameters()).dtype)
-    logits: torch.Tensor = model(**{**inputs, "pixel_values": pixels}).logits
-    return logits

@@ -24,6 +24,7 @@ from llavaforge.join.prove import prove, refuse_settings_without_place
 from llavaforge.join.sources import HEAD, TOWER, Part, match_tensors, open_language_model, open_tower
 from llavaforge.join.tensors import EMBEDDING, JoinedTensors, compare_files, part_parameters, stock_shapes
 from llavaforge.join.tokenizer import IMAGE_TOKEN, prepare_tokenizer
+from llavaforge.model_folder.card import PARTS, describe_part
 from llavaforge.model_folder.projector import PROJECTOR, check_projector, new_projector, read_projector
 from llavaforge.model_folder.read import read_generation_config
 from llavaforge.model_folder.tensors import open_tensors
@@ -70,6 +71,7 @@ def customize_model(config: CustomizeModelConfig) -> CustomizeModelResult:
         tensors=tensors,
         overwrite=config.overwrite,
         check=check,
+        records={PARTS: _origins(config, tower, language_model)},
     )
     parameters = part_parameters(stock_shapes(joined_config))
     _print_table(parameters, tower, language_model, config)
@@ -104,6 +106,17 @@ def num_embeddings(vocab_size: int, image_token_id: int) -> int:
     if image_token_id < vocab_size:
         return vocab_size
     return (image_token_id // _ROWS_MULTIPLE + 1) * _ROWS_MULTIPLE
+
+
+def _origins(config: CustomizeModelConfig, tower: Part, language_model: Part) -> dict[str, Any]:
+    """Return what the model is made of, for `parts.json` and the model card."""
+    source = config.projector_from
+    projector = {"name": Path(source).name} if source else {"name": f"new, seed {config.seed}"}
+    return {
+        "vision_tower": describe_part(tower.folder),
+        "projector": projector,
+        "language_model": describe_part(language_model.folder),
+    }
 
 
 def _warn_about(language_model: Part) -> None:

@@ -84,7 +84,7 @@ def compile_layers(model: Any, must: bool = True, backend: str | Callable[..., A
 def _separate_cache() -> None:
     """Keep this kind of processor's compiled code in a folder of its own within torch's cache.
 
-    torch does not tell them apart: code for vectors of 16 numbers, found in a cache that machines share (or in an image)
+    torch does not tell them apart: code for vectors of 16 numbers, in a cache that machines share (or in an image)
     and built where they hold 8, computes half of them. Seen with torch 2.13: losses of NaN.
     """
     capability = torch.backends.cpu.get_cpu_capability()

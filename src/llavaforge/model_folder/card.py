@@ -1,22 +1,46 @@
-"""The model card of a folder: what the hub shows, and how plain transformers opens it."""
+"""The card of a model folder or an adapter, its `README.md`: what the hub shows, and how plain libraries open it.
 
+Comes in: a config, what the two parts are (`parts.json`), and the run that trained them. Goes out: Markdown.
+
+    {"vision_tower": {"name": "openai/clip-vit-large-patch14-336", "revision": "ce19dc91...",
+                      "license": null, "sha256": "8af1..."}, "language_model": {...}, "projector": {...}}
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
 from transformers import LlavaConfig
 
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [llava]
----
+from llavaforge.folders import fingerprint
+from llavaforge.model_folder.read import read_json
 
-A LLaVA made with llavaforge: a `{vision}` vision tower ({image_size} pixels, patches of {patch_size}), a projector
-and a `{text}` language model, as transformers' own `LlavaForConditionalGeneration`.
+PARTS = "parts.json"
+RUN = "run.json"
 
-```python
+# The hub's cache: .../models--openai--clip-vit-large-patch14-336/snapshots/ce19dc912ca5cd21c8a653c79e251e808ccabcd1
+_SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})$")
+
+_OPENED = {
+    "model": """\
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 model = LlavaForConditionalGeneration.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)
+""",
+    "adapter": """\
+from peft import AutoPeftModel
+from transformers import AutoProcessor
+
+model = AutoPeftModel.from_pretrained(folder)  # opens the model of `base_model_name_or_path` below it
+""",
+}
+_USE = """\
+```python
+{opened}processor = AutoProcessor.from_pretrained(folder)
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the image?"}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=image, text=text, return_tensors="pt")
@@ -24,16 +48,121 @@ output = model.generate(**inputs, max_new_tokens=100)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-The image comes before the question, as in training.
+A single image comes before the words, as in training; the chat template puts it there.
 """
+# Of a run's options, those that say what was learnt and how.
+_SHOWN = (
+    *("train_type", "prompt_style", "system_prompt", "max_length", "global_batch_size", "num_train_epochs"),
+    *("learning_rate", "projector_learning_rate", "vision_learning_rate", "lr_scheduler_type", "warmup_ratio"),
+    *("weight_decay", "optim", "lora_r", "lora_alpha", "lora_dropout", "seed"),
+)
 
 
-def model_card(config: LlavaConfig) -> str:
-    """Return the text of `README.md`."""
+def describe_part(folder: Path) -> dict[str, Any]:
+    """Return a part's name (of the hub's repository, or the folder's own), revision, licence and sum."""
+    found = _SNAPSHOT.search(folder.resolve().as_posix())
+    card = folder / "README.md"
+    stated = (metadata_load(card) or {}) if card.is_file() else {}
+    return {
+        "name": found[1].replace("--", "/") if found else folder.resolve().name,
+        "revision": found[2] if found else None,
+        "license": stated.get("license"),
+        "sha256": fingerprint(folder),
+    }
+
+
+def read_records(folder: Path) -> dict[str, Any]:
+    """Return what a model folder says of its parts and of the run that trained it, by the names of these files."""
+    found = {name: read_json(folder / name) for name in (PARTS, RUN) if (folder / name).is_file()}
+    return {name: content for name, content in found.items() if name == PARTS or "llavaforge" in content}
+
+
+def model_card(config: LlavaConfig, parts: Mapping[str, Any] | None, run: Mapping[str, Any] | None) -> str:
+    """Return the text of a model folder's `README.md`.
+
+    Args:
+        config: of the model.
+        parts: what `parts.json` holds; None where the model's parts are not known.
+        run: what `run.json` holds; None for a model that was not trained.
+    """
     vision = config.vision_config
-    return _CARD.format(
-        vision=vision.model_type,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        text=config.text_config.model_type,
+    about = (
+        f"A LLaVA made with llavaforge: a `{vision.model_type}` vision tower ({vision.image_size} pixels, patches of "
+        f"{vision.patch_size}), a projector and a `{config.text_config.model_type}` language model, as transformers' "
+        "own `LlavaForConditionalGeneration`.\n"
     )
+    front = _front("transformers", _public(parts), _license(parts))
+    return "\n".join([front, about, _USE.format(opened=_OPENED["model"]), *_origins(parts), *_training(run)])
+
+
+def adapter_card(base_model: str, parts: Mapping[str, Any] | None, run: Mapping[str, Any]) -> str:
+    """Return the text of an adapter's `README.md`.
+
+    Args:
+        base_model: as `adapter_config.json` names it.
+        parts: of the base model, as in `model_card`.
+        run: what `run.json` holds, without private paths.
+    """
+    about = (
+        f"A LoRA for the language model of `{Path(base_model).name}`, and its whole projector, made with llavaforge.\n"
+        "`llavaforge export` merges it into a plain model.\n"
+    )
+    front = _front("peft", _public(parts), _license(parts))
+    return "\n".join([front, about, _USE.format(opened=_OPENED["adapter"]), *_origins(parts), *_training(run)])
+
+
+def _front(library: str, base_model: list[str], license_: str | None) -> str:
+    """Return the YAML that the hub reads."""
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag="image-text-to-text",
+        base_model=base_model or None,
+        license=license_,
+        tags=["llava"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _public(parts: Mapping[str, Any] | None) -> list[str]:
+    """Return the parts that are repositories of the hub: it checks `base_model`."""
+    return [part["name"] for part in (parts or {}).values() if part.get("revision")]
+
+
+def _license(parts: Mapping[str, Any] | None) -> str | None:
+    """Return the licence that both parts have; what holds for two licences is for people to say."""
+    found = {json.dumps(part.get("license")) for kind, part in (parts or {}).items() if kind != "projector"}
+    license_ = json.loads(found.pop()) if len(found) == 1 else None
+    return license_ if isinstance(license_, str) else None
+
+
+def _origins(parts: Mapping[str, Any] | None) -> list[str]:
+    if not parts:
+        return []
+    rows = [
+        [kind.replace("_", " "), part.get("name"), part.get("revision"), part.get("license"), part.get("sha256")]
+        for kind, part in parts.items()
+    ]
+    return ["## Parts\n", _table(["part", "from", "revision", "license", "sha256 (weights, config, tokenizer)"], rows)]
+
+
+def _training(run: Mapping[str, Any] | None) -> list[str]:
+    if run is None:
+        return []
+    options, result = run.get("config", {}), run.get("result", {})
+    lora = run.get("lora") is not None
+    rows: list[Sequence[Any]] = [["data", ", ".join(str(entry.get("path")) for entry in run.get("data", []))]]
+    rows += [[name, options.get(name)] for name in _SHOWN if lora or not name.startswith("lora_")]
+    rows += [["steps", result.get("global_step")]]
+    rows += [[name, result.get(name)] for name in ("train_loss", "eval_loss")]
+    return ["## Training\n", _table(["", ""], [row for row in rows if row[1] not in (None, "")])]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llavaforge.errors import UserError
 
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md"]
 
 
 def find_model_folder(name: str) -> Path:

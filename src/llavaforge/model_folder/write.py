@@ -6,14 +6,15 @@ folder that transformers 4 and 5, vLLM and mlx open, published whole or not at a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from llavaforge.errors import UserError
-from llavaforge.files import real_path
+from llavaforge.files import real_path, to_json
 from llavaforge.folders import not_published, publishing
-from llavaforge.model_folder.card import model_card
+from llavaforge.model_folder.card import PARTS, RUN, model_card, read_records
 from llavaforge.model_folder.config_files import config_json, generation_json, write_json
 from llavaforge.model_folder.names import is_buffer, to_file_name, to_module_name
 from llavaforge.model_folder.processor_files import write_processor
@@ -32,7 +33,7 @@ def write_model_folder(
     tensors: Iterable[tuple[str, torch.Tensor]],
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
-    extra_files: Mapping[str, str] | None = None,
+    records: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model folder and publish it atomically.
 
@@ -44,7 +45,7 @@ def write_model_folder(
         tensors: file names (`to_file_name`) and tensors; read once, one shard in memory at most.
         overwrite: replace an existing model folder, once the new one is complete.
         check: called with the complete folder before it is published; what it raises stops the publishing.
-        extra_files: further text files, by name.
+        records: JSON files by name, `PARTS` and `RUN`: what the model is made of, and what trained it.
 
     Raises:
         UserError: `output_dir` is not empty and `overwrite` was not given, or holds something else than a model.
@@ -55,9 +56,11 @@ def write_model_folder(
         write_json(folder / "generation_config.json", generation_json(config, generation_config, processor))
         write_shards(folder, "model", tensors)
         write_processor(folder, processor)
-        (folder / "README.md").write_text(model_card(config), encoding="utf-8")
-        for name, text in (extra_files or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        records = records or {}
+        for name, content in records.items():
+            (folder / name).write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+        card = model_card(config, records.get(PARTS), records.get(RUN))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
             check(folder)
 
@@ -67,7 +70,7 @@ def update_model_folder(
     base: Path,
     changed: Change,
     overwrite: bool = False,
-    extra_files: Mapping[str, str] | None = None,
+    records: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that equals `base` but for some tensors.
 
@@ -77,7 +80,7 @@ def update_model_folder(
         changed: new tensors by in-memory name, or a function `(in-memory name, base tensor) -> tensor`, which returns
             its argument for what stays. New tensors are cast to the base's type; the others keep their bytes.
         overwrite: as in `write_model_folder`.
-        extra_files: as in `write_model_folder`.
+        records: as in `write_model_folder`; what the base says is passed on, where they say nothing.
 
     Raises:
         UserError: `base` is no complete model folder, or `output_dir` cannot be written.
@@ -96,7 +99,7 @@ def update_model_folder(
         generation_config=read_generation_config(base),
         tensors=_updated(files, modules, changed),
         overwrite=overwrite,
-        extra_files=extra_files,
+        records=read_records(base) | dict(records or {}),
     )
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llavaforge.checkpoint.state import RUN, load_run, steps_of, without_private_paths
+from llavaforge.checkpoint.state import load_run, steps_of, without_private_paths
 from llavaforge.checkpoint.trained import merge, read_trained
 from llavaforge.config.recipe import FINAL, result_of
 from llavaforge.config.schema import TrainConfig
@@ -19,6 +19,7 @@ from llavaforge.files import to_json
 from llavaforge.folders import MANIFEST, differences, not_published, publishing, set_aside
 from llavaforge.model.lora import adapter_tensors, peft_config
 from llavaforge.model.trainable import lora_options
+from llavaforge.model_folder.card import PARTS, RUN, adapter_card, read_records
 from llavaforge.model_folder.processor_files import write_processor
 from llavaforge.model_folder.tensors import write_shards
 from llavaforge.model_folder.write import update_model_folder
@@ -41,14 +42,17 @@ def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: Train
     trained = dict(engine.masters())
     if engine.world.is_writer:
         if lora is None:
-            shared = to_json(without_private_paths(run), indent=1) + "\n"
-            update_model_folder(folder, base, trained, _makes_room(folder), extra_files={RUN: shared})
+            update_model_folder(folder, base, trained, _makes_room(folder), records={RUN: without_private_paths(run)})
         else:
             with publishing(folder, overwrite=_makes_room(folder)) as temporary:
                 write_shards(temporary, "adapter_model", adapter_tensors(trained).items(), max_shard_bytes=2**62)
-                peft_config(lora, _portable(opened.config.model_name_or_path)).save_pretrained(temporary)
+                named = _portable(opened.config.model_name_or_path)
+                peft_config(lora, named).save_pretrained(temporary)
+                card = adapter_card(named, read_records(base).get(PARTS), without_private_paths(run))
+                (temporary / "README.md").write_text(card, encoding="utf-8")
                 write_processor(temporary, opened.loaded.processor)
-                (temporary / RUN).write_text(to_json(run, indent=1) + "\n")
+                shared = without_private_paths(run, folder)
+                (temporary / RUN).write_text(to_json(shared, indent=1) + "\n")
         logger.info("finished model: %s", folder)
     engine.world.barrier()
 
@@ -107,7 +111,7 @@ def finished_result(final: Path, num_steps: int) -> TrainResult | None:
     num_done = 0 if found else int(load_run(final)["result"]["global_step"])
     if num_done == num_steps:
         result: TrainResult = load_run(final)["result"]
-        return result
+        return {**result, "output_dir": str(final.parent)}
     if num_done > num_steps:
         raise UserError(
             f"{final}: {num_done} steps were taken already, more than the {num_steps} asked for. Ask for more, or give "
