@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak
+.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak test-clients
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -27,6 +27,10 @@ test: .venv/installed
 
 test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/pytest tests/model tests/engine/test_engines.py tests/inference/test_export.py
+
+# Real programs on what llavaforge leaves, each in an environment of its own (downloads; minutes).
+test-clients: .venv/installed
+	$(BIN)/python -m tests.clients
 
 check: .venv/installed
 	$(BIN)/ruff check

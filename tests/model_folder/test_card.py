@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
 from llavaforge.config.schema import CustomizeModelConfig, ExportConfig
 from llavaforge.inference.export import export
 from llavaforge.join.parts import customize_model
-from llavaforge.model_folder.card import PARTS, describe_part
+from llavaforge.model_folder.card import PARTS, describe_part, model_card
+from llavaforge.model_folder.read import read_config
 from llavaforge.training.run import train
 from train_tools import train_config
 
@@ -26,6 +29,22 @@ def test_a_part_of_the_hub_is_named_with_its_revision_and_licence(tiny_clip: Pat
     assert (found["name"], found["revision"], found["license"]) == ("openai/clip", SHA, "mit")
     assert (local["name"], local["revision"], local["license"]) == (tiny_clip.name, None, None)
     assert found["sha256"] == local["sha256"] and len(found["sha256"]) == 64
+
+
+@pytest.mark.parametrize("text", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "\xff", "", "---\nlicense: 3\n---\n"])
+def test_a_part_s_own_card_may_hold_anything(text: str, tiny_clip: Path, tmp_path: Path) -> None:
+    for file in tiny_clip.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "README.md").write_text(text, encoding="latin-1")
+    assert describe_part(tmp_path)["license"] in (None, 3)
+
+
+@pytest.mark.parametrize(
+    "parts", [{}, {"vision_tower": 3}, {"vision_tower": {"revision": "x"}}, {"a": {"license": []}}]
+)
+@pytest.mark.parametrize("run", [{}, {"config": 3, "result": [], "data": 1}, {"data": [1, {"path": None}]}])
+def test_records_that_were_edited_still_make_a_card(parts: Any, run: Any, tiny_llava: Path) -> None:
+    assert model_card(read_config(tiny_llava), parts, run).startswith("---\nlibrary_name: transformers\n")
 
 
 def test_cards_follow_the_model_from_the_join_to_the_export(

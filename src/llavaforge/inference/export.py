@@ -65,7 +65,7 @@ def export(config: ExportConfig) -> ExportResult:
         merge(config.output_dir, trained, overwrite=config.overwrite)
     processor, samples = AutoProcessor.from_pretrained(config.output_dir), _samples(config.checkpoint, trained)
     expected = [_generate(processor, model, [sample]) for sample in samples]
-    bound = _BOUND[model.dtype] * max(1.0, *(float(answer.logits.abs().max()) for answer in expected))
+    bound = _BOUND[model.lm_head.weight.dtype] * max(1.0, *(float(answer.logits.abs().max()) for answer in expected))
     del model
     gc.collect()  # one model at a time
     exported = load_verified(config.output_dir)

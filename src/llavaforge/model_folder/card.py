@@ -7,6 +7,7 @@ Comes in: a config, what the two parts are (`parts.json`), and the run that trai
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 from transformers import LlavaConfig
+from yaml import YAMLError
 
+from llavaforge.errors import reason
 from llavaforge.folders import fingerprint
 from llavaforge.model_folder.read import read_json
+
+log = logging.getLogger(__name__)
 
 PARTS = "parts.json"
 RUN = "run.json"
@@ -61,20 +66,31 @@ _SHOWN = (
 def describe_part(folder: Path) -> dict[str, Any]:
     """Return a part's name (of the hub's repository, or the folder's own), revision, licence and sum."""
     found = _SNAPSHOT.search(folder.resolve().as_posix())
-    card = folder / "README.md"
-    stated = (metadata_load(card) or {}) if card.is_file() else {}
     return {
         "name": found[1].replace("--", "/") if found else folder.resolve().name,
         "revision": found[2] if found else None,
-        "license": stated.get("license"),
+        "license": _stated_license(folder / "README.md"),
         "sha256": fingerprint(folder),
     }
 
 
 def read_records(folder: Path) -> dict[str, Any]:
-    """Return what a model folder says of its parts and of the run that trained it, by the names of these files."""
+    """Return what a model folder says of its parts and of the run that trained it, by the names of these files.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
     found = {name: read_json(folder / name) for name in (PARTS, RUN) if (folder / name).is_file()}
     return {name: content for name, content in found.items() if name == PARTS or "llavaforge" in content}
+
+
+def _stated_license(card: Path) -> Any:
+    """Return what a part's own card says, None where it says nothing (or cannot be read: it is anybody's text)."""
+    try:
+        return (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except (OSError, ValueError, YAMLError) as error:
+        log.warning("%s: the licence is not recorded, its front matter does not read: %s", card, reason(error))
+        return None
 
 
 def model_card(config: LlavaConfig, parts: Mapping[str, Any] | None, run: Mapping[str, Any] | None) -> str:
@@ -125,14 +141,19 @@ def _front(library: str, base_model: list[str], license_: str | None) -> str:
 
 def _public(parts: Mapping[str, Any] | None) -> list[str]:
     """Return the parts that are repositories of the hub: it checks `base_model`."""
-    return [part["name"] for part in (parts or {}).values() if part.get("revision")]
+    return [part["name"] for part in _entries(parts).values() if part.get("revision") and part.get("name")]
 
 
 def _license(parts: Mapping[str, Any] | None) -> str | None:
     """Return the licence that both parts have; what holds for two licences is for people to say."""
-    found = {json.dumps(part.get("license")) for kind, part in (parts or {}).items() if kind != "projector"}
+    found = {json.dumps(part.get("license")) for kind, part in _entries(parts).items() if kind != "projector"}
     license_ = json.loads(found.pop()) if len(found) == 1 else None
     return license_ if isinstance(license_, str) else None
+
+
+def _entries(parts: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return what is said of each part, without what is no entry: the file may have been edited."""
+    return {kind: part for kind, part in (parts or {}).items() if isinstance(part, dict)}
 
 
 def _origins(parts: Mapping[str, Any] | None) -> list[str]:
@@ -140,7 +161,7 @@ def _origins(parts: Mapping[str, Any] | None) -> list[str]:
         return []
     rows = [
         [kind.replace("_", " "), part.get("name"), part.get("revision"), part.get("license"), part.get("sha256")]
-        for kind, part in parts.items()
+        for kind, part in _entries(parts).items()
     ]
     return ["## Parts\n", _table(["part", "from", "revision", "license", "sha256 (weights, config, tokenizer)"], rows)]
 
@@ -148,9 +169,11 @@ def _origins(parts: Mapping[str, Any] | None) -> list[str]:
 def _training(run: Mapping[str, Any] | None) -> list[str]:
     if run is None:
         return []
-    options, result = run.get("config", {}), run.get("result", {})
+    options, result = (part if isinstance(part := run.get(name), dict) else {} for name in ("config", "result"))
     lora = run.get("lora") is not None
-    rows: list[Sequence[Any]] = [["data", ", ".join(str(entry.get("path")) for entry in run.get("data", []))]]
+    data = run.get("data")
+    paths = [str(entry.get("path")) for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+    rows: list[Sequence[Any]] = [["data", ", ".join(paths)]]
     rows += [[name, options.get(name)] for name in _SHOWN if lora or not name.startswith("lora_")]
     rows += [["steps", result.get("global_step")]]
     rows += [[name, result.get(name)] for name in ("train_loss", "eval_loss")]

@@ -1,0 +1,107 @@
+"""`make test-clients`: do other people's programs answer from our folders as llavaforge does?
+
+Each client gets a virtual environment of its own (kept in `.clients/`, made anew when its packages change) and asks the
+model that `quickstart` trains, from every folder it leaves. Its answers must be those of `llavaforge evaluate`, all of
+them, alone and in a batch, with the image on either side of the words. It takes some minutes and downloads packages, so
+it is no part of `make test`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+ASK = Path(__file__).parent / "ask.py"
+NUM_QUESTIONS = 40
+
+_TORCH = ("torch==2.13.0", "pillow", "accelerate")
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program, and the folders of quickstart that it opens.
+
+    Attributes:
+        name: of its environment.
+        packages: that are installed there, as pip takes them.
+        folders: below quickstart's, or of its parts.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    folders: tuple[str, ...]
+
+
+ADAPTER = "train/stage-2-use_lora/final"
+CLIENTS = (
+    Client("transformers-4.49", ("transformers==4.49.0", "numpy<2.4", *_TORCH), ("exported",)),
+    Client("transformers-4.57", ("transformers==4.57.3", "numpy<2.4", *_TORCH), ("exported",)),
+    Client("transformers-5", ("transformers==5.23.0", "peft==0.21.2", *_TORCH), ("exported", ADAPTER)),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the clients; return how many of them answered otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
+    parser.add_argument("--client", nargs="+", choices=[client.name for client in CLIENTS], help="only these")
+    chosen, environments = parser.parse_args(arguments).client, ROOT / ".clients"
+    trained = environments / "quickstart"
+    if not (trained / "quickstart.json").is_file():
+        _run([sys.executable, "-m", "llavaforge", "quickstart", "--output_dir", str(trained)])
+    num_failed = 0
+    for client in CLIENTS:
+        if chosen and client.name not in chosen:
+            continue
+        python = _environment(environments / client.name, client.packages)
+        for folder in client.folders:
+            found = _answers(python, trained, trained / folder)
+            expected = _expected(trained, trained / folder)
+            for way, answers in found["answers"].items():
+                same = sum(one == other for one, other in zip(answers, expected, strict=True))
+                num_failed += same < len(expected)
+                versions = f"transformers {found['transformers']}, torch {found['torch']}"
+                print(f"{client.name:<20} {folder:<32} {way:<26} {same} of {len(expected)} as llavaforge ({versions})")
+    return num_failed
+
+
+def _environment(folder: Path, packages: tuple[str, ...]) -> Path:
+    """Return the Python of an environment with these packages."""
+    python, made = folder / "bin" / "python", folder / "packages.json"
+    if not made.is_file() or json.loads(made.read_text()) != list(packages):
+        _run([sys.executable, "-m", "venv", "--clear", str(folder)])
+        _run([str(python), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+        made.write_text(json.dumps(packages))
+    return python
+
+
+def _answers(python: Path, trained: Path, folder: Path) -> dict[str, Any]:
+    questions, images = trained / "data" / "heldout" / "questions.json", trained / "data" / "heldout" / "images"
+    command = [str(python), "-I", str(ASK), str(folder), str(questions), str(images), str(NUM_QUESTIONS)]
+    return json.loads(_run(command).splitlines()[-1])
+
+
+def _expected(trained: Path, folder: Path) -> list[str]:
+    """Return what `llavaforge evaluate` answers."""
+    output, questions = trained.parent / f"expected-{folder.name}", trained / "data" / "heldout" / "questions.json"
+    command = [sys.executable, "-m", "llavaforge", "evaluate", "--model_name_or_path", str(folder)]
+    command += ["--data_path", str(questions), "--max_samples", str(NUM_QUESTIONS)]
+    _run([*command, "--bf16", "false", "--output_dir", str(output)])
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    answers = {line["id"]: line["answer"] for line in lines}
+    return [answers[row["id"]] for row in json.loads(questions.read_text())[:NUM_QUESTIONS]]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
