@@ -3,12 +3,13 @@
 import pytest
 import torch
 import varlen_reference
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from llavaforge.errors import UserError
 from llavaforge.model import attention
 from llavaforge.model.attention import Borders, packed_attention
-from llavaforge.model.block_attention import MAX_LENGTH, block_attention
+from llavaforge.model.block_attention import BLOCK, MAX_LENGTH, block_attention
 
 LENGTHS = (5, 1, 140, MAX_LENGTH + 6)
 
@@ -129,3 +130,17 @@ def test_sliding_window_of_a_stock_model_is_the_same_packed_and_unpacked() -> No
         borders=Borders((11, 7), torch.tensor([0, 11, 18], dtype=torch.int32), 11),
     ).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_key_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3])
+def test_blocks_compute_in_float32_what_pytorch_s_kernel_does(length: int, num_key_heads: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(heads, length, 16, requires_grad=True) for heads in (4, num_key_heads, num_key_heads)]
+    direction = torch.randn(4, length, 16)
+    expected = scaled_dot_product_attention(*(x[None] for x in inputs), is_causal=True, scale=0.3, enable_gqa=True)[0]
+    found = block_attention(*inputs, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients = (torch.autograd.grad(output, inputs, direction) for output in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

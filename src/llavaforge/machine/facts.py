@@ -101,7 +101,7 @@ def _nccl() -> str | None:
 
 def _attention(device: torch.device) -> str:
     """Return which attention a packed step takes here in its compute type."""
-    if device.type == "cpu":
+    if device.type == "cpu" and compute_dtype("auto") == torch.bfloat16:
         return "blocks of matrix products"
     kernel = torch.empty(1, 1, 1, 64, device=device, dtype=compute_dtype("auto"))
     return "variable-length FlashAttention" if has_varlen(kernel, 0.0) else "SDPA, sample by sample"

@@ -113,7 +113,8 @@ def _of_sample(
     """Attention of one sample, without a variable-length kernel."""
     length = query.shape[2]
     mask = _window_mask(length, sliding_window, query.device)
-    if query.device.type == "cpu" and mask is None and not dropout and length <= MAX_LENGTH:
+    in_half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.device.type == "cpu" and in_half and mask is None and not dropout and length <= MAX_LENGTH:
         return block_attention(query[0], key[0], value[0], scaling or query.shape[-1] ** -0.5).unsqueeze(0)
     return scaled_dot_product_attention(
         query,
