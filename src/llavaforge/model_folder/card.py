@@ -120,7 +120,7 @@ def adapter_card(base_model: str, parts: Mapping[str, Any] | None, run: Mapping[
         run: what `run.json` holds, without private paths.
     """
     about = (
-        f"A LoRA for the language model of `{Path(base_model).name}`, and its whole projector, made with llavaforge.\n"
+        f"A LoRA for the language model of `{base_model}`, and its whole projector, made with llavaforge.\n"
         "`llavaforge export` merges it into a plain model.\n"
     )
     front = _front("peft", _public(parts), _license(parts))
