@@ -28,11 +28,11 @@ WRITTEN: dict[str, Arguments] = {
     ],
     "samples.jsonl": lambda model, data, out: [
         "evaluate", f"--data_path={data}", f"--model_name_or_path={model}", f"--output_dir={out}", "--max_samples=2",
-        "--dataloader_num_workers=0", "--exact_match=false",
+        "--dataloader_num_workers=0", "--metrics=none",
     ],
     "summary.json": lambda model, data, out: [
         "evaluate", f"--data_path={data}", f"--model_name_or_path={model}", f"--output_dir={out}", "--max_samples=2",
-        "--dataloader_num_workers=0", "--exact_match=false",
+        "--dataloader_num_workers=0", "--metrics=none",
     ],
     "job.sh": lambda model, data, out: [
         "slurm", str(recipe(out, model, data)), "--gpus_per_node=1", f"--output={out / 'job.sh'}", "--overwrite"

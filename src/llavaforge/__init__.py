@@ -531,11 +531,11 @@ def evaluate(
     max_new_tokens: int = 32,
     per_device_eval_batch_size: int = 16,
     blank_image: bool = False,
-    exact_match: bool | Literal["auto"] = "auto",
+    metrics: Sequence[Literal["auto", "none", "exact_match", "yes_no", "multiple_choice", "anls"]] = ("auto",),
     bf16: bool | Literal["auto"] = "auto",
     dataloader_num_workers: int = 2,
 ) -> EvaluateResult:
-    """Held-out loss and exact match of a model on a data set.
+    """Held-out loss of a model on a data set, and metrics of its answers.
 
     Args:
         model_name_or_path: A model folder, a run's `final`, or a checkpoint-N.
@@ -552,17 +552,18 @@ def evaluate(
         base_model: Folder of the model that the run started from, when it is no longer where it was.
         output_dir: Where `samples.jsonl` and `summary.json` go.
         max_samples: Use only the first so many records.
-        max_new_tokens: Longest answer that is generated for the exact match.
+        max_new_tokens: Longest answer that is generated.
         per_device_eval_batch_size: Samples per batch.
         blank_image: Replace each image by a grey one: what remains is what the model guesses without looking.
-        exact_match: Generate and compare answers; `auto` does so when the reference answers are short (three words or
-            fewer).
+        metrics: What is measured of generated answers; `auto` takes what suits all reference answers: `exact_match`
+            when they are short (three words or fewer), `yes_no`, `multiple_choice` (by letter). `anls` is for texts
+            read from documents.
         bf16: Compute in bfloat16; `auto` where the hardware is fast at it.
         dataloader_num_workers: Processes that decode images.
 
     Returns:
-        The keys of `EvaluateResult`: `num_samples`, `loss`, `exact_match`, `model_name_or_path`, `data_path`,
-            `blank_image`.
+        The keys of `EvaluateResult`: `num_samples`, `loss`, `perplexity`, `exact_match`, `intervals`,
+            `model_name_or_path`, `data_path`, `blank_image`.
 
     Raises:
         UserError: An option, or what it points at, is at fault; the message says how to mend it.

@@ -73,7 +73,7 @@ VERBS: dict[str, Verb] = {
         "train the projector, a LoRA, the language model or all",
         takes_recipe=True,
     ),
-    "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss and exact match"),
+    "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss, and metrics of answers"),
     "chat": Verb("ChatConfig", "inference.chat:chat", "ask a model about an image"),
     "export": Verb("ExportConfig", "inference.export:export", "merge and verify a plain transformers folder"),
     "env": Verb("EnvConfig", "machine.check:env", "show this machine, and prove that it trains", fails_on="num_failed"),

@@ -170,8 +170,12 @@ class EvaluateResult(TypedDict):
     """Samples measured."""
     loss: float
     """Mean loss per supervised token."""
+    perplexity: float
+    """e to the loss."""
     exact_match: float | None
-    """Share of the answers that are the reference's; None where answers were not generated."""
+    """Share of the answers that are the reference's; None where it was not measured."""
+    intervals: dict[str, list[float]]
+    """95 % interval of the loss and of each metric (bootstrap over samples)."""
     model_name_or_path: str
     """The model measured."""
     data_path: str

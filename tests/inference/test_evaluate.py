@@ -45,7 +45,7 @@ def test_loss_of_each_sample_is_its_own(loaded_llava: LoadedModel, shapes: Path,
     evaluate(
         EvaluateConfig(
             model_name_or_path=str(loaded_llava.path), data_path=data, bf16=False, max_samples=5,
-            dataloader_num_workers=0, output_dir=tmp_path / "out", exact_match=False,
+            dataloader_num_workers=0, output_dir=tmp_path / "out", metrics=["none"],
         )
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
@@ -148,7 +148,7 @@ def test_a_record_that_was_cut_is_evaluated_as_it_was_cut_and_the_others_keep_th
         evaluate(
             EvaluateConfig(
                 model_name_or_path=str(tiny_llava), data_path=data, bf16=False, dataloader_num_workers=0,
-                max_length=120, output_dir=tmp_path / name, exact_match=True, max_new_tokens=4,
+                max_length=120, output_dir=tmp_path / name, metrics=["exact_match"], max_new_tokens=4,
             )
         )  # fmt: skip
         lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()

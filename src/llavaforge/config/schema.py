@@ -415,8 +415,11 @@ class TrainConfig(DataOptions):
         return self
 
 
+MetricName = Literal["auto", "none", "exact_match", "yes_no", "multiple_choice", "anls"]
+
+
 class EvaluateConfig(SampleOptions):
-    """Held-out loss and exact match of a model on a data set."""
+    """Held-out loss of a model on a data set, and metrics of its answers."""
 
     model_name_or_path: str
     """A model folder, a run's `final`, or a checkpoint-N."""
@@ -429,13 +432,14 @@ class EvaluateConfig(SampleOptions):
     max_samples: PositiveInt | None = None
     """Use only the first so many records."""
     max_new_tokens: PositiveInt = 32
-    """Longest answer that is generated for the exact match."""
+    """Longest answer that is generated."""
     per_device_eval_batch_size: PositiveInt = 16
     """Samples per batch."""
     blank_image: bool = False
     """Replace each image by a grey one: what remains is what the model guesses without looking."""
-    exact_match: bool | Literal["auto"] = "auto"
-    """Generate and compare answers; `auto` does so when the reference answers are short (three words or fewer)."""
+    metrics: list[MetricName] = ["auto"]
+    """What is measured of generated answers; `auto` takes what suits all reference answers: `exact_match` when they are
+    short (three words or fewer), `yes_no`, `multiple_choice` (by letter). `anls` is for texts read from documents."""
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto` where the hardware is fast at it."""
     dataloader_num_workers: NonNegativeInt = 2

@@ -1,4 +1,4 @@
-"""`llavaforge evaluate`: held-out loss and exact match, with one line per sample.
+"""`llavaforge evaluate`: held-out loss and metrics of answers, with one line per sample.
 
 Comes in: a model and a data set. Goes out: the summary, and `samples.jsonl`:
 
@@ -7,7 +7,8 @@ Comes in: a model and a data set. Goes out: the summary, and `samples.jsonl`:
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ from llavaforge.device import compute_dtype, pick_device
 from llavaforge.errors import UserError
 from llavaforge.files import check_own, replace_text, to_json
 from llavaforge.inference.generate import Answerer, Question
-from llavaforge.inference.metrics import METRICS
+from llavaforge.inference.metrics import METRICS, interval
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import cast_parameters
 from llavaforge.results import EvaluateResult
 
 logger = logging.getLogger(__name__)
 
-_SHORT_ANSWER_WORDS = 3
+_LARGEST_EXPONENT = 700  # of e, in float64
 _SAMPLES, _SUMMARY = "samples.jsonl", "summary.json"
 # How the files begin that may be replaced (`files.check_own`).
 _OWN = {_SAMPLES: r'\{"id": ".*", "image": .*, "question": ', _SUMMARY: r'\{\s*"num_samples": \d+,\s*"loss": '}
@@ -46,8 +47,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Measure a model on a data set.
 
     Returns:
-        num_samples, loss (per supervised token), exact_match and the other metrics (None when answers are not
-        generated), and what was measured: model_name_or_path, data_path, blank_image.
+        num_samples, loss (per supervised token), perplexity, exact_match (None when not measured), the other metrics
+        that were measured, intervals, and what was measured: model_name_or_path, data_path, blank_image.
 
     Raises:
         UserError: the model or the data is at fault.
@@ -72,26 +73,42 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     dataset = PackDataset(
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )
-    is_short = all(len(record.turns[-1].text.split()) <= _SHORT_ANSWER_WORDS for record in records)
-    generates = is_short if config.exact_match == "auto" else config.exact_match
-    if not generates:
-        logger.info("no metric of answers is measured: they are long, or --exact_match false")
-    answerer = Answerer(loaded, config, config.max_new_tokens) if generates else None
-    lines = list(_lines(config, step_module, dataset, records, answerer))
-    means = {name: sum(line[name] for line in lines) / len(lines) if generates else None for name in METRICS}
-    num_supervised = sum(line["num_supervised"] for line in lines)
+    metrics = _chosen(config.metrics, [record.turns[-1].text for record in records])
+    answerer = Answerer(loaded, config, config.max_new_tokens) if metrics else None
+    lines = list(_lines(config, step_module, dataset, records, answerer, metrics))
+    num_supervised = [line["num_supervised"] for line in lines]
+    loss = sum(line["loss"] * line["num_supervised"] for line in lines) / sum(num_supervised)
+    intervals = {"loss": interval([line["loss"] for line in lines], num_supervised)}
+    means: dict[str, float | None] = {"exact_match": None}
+    for name in metrics:
+        values = [line[name] for line in lines]
+        means[name], intervals[name] = sum(values) / len(values), interval(values)
+        texts = ([line[key] for line in lines] for key in ("answer", "reference"))
+        means |= {f"{name}_{share}": value for share, value in METRICS[name].of_all(*texts).items()}
     summary: EvaluateResult = {
         "num_samples": len(lines),
-        "loss": sum(line["loss"] * line["num_supervised"] for line in lines) / num_supervised,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, _LARGEST_EXPONENT)),
         "exact_match": means.pop("exact_match"),
+        "intervals": {name: list(ends) for name, ends in intervals.items()},
         "model_name_or_path": config.model_name_or_path,
         "data_path": str(config.data_path),
         "blank_image": config.blank_image,
-        **means,  # type: ignore[typeddict-item]  # metrics that were added to the table
+        **means,  # type: ignore[typeddict-item]  # each metric under its own name
     }
     if config.output_dir is not None:
         _write(config.output_dir, lines, summary)
     return summary
+
+
+def _chosen(metrics: Sequence[str], references: Sequence[str]) -> list[str]:
+    """Return the names of what is measured."""
+    if "none" in metrics:
+        return []
+    suiting = {name for name, metric in METRICS.items() if "auto" in metrics and metric.suits(references)}
+    chosen = [name for name in METRICS if name in suiting or name in metrics]
+    logger.info("metrics of answers: %s", ", ".join(chosen) or "none that suits the references (--metrics NAME)")
+    return chosen
 
 
 def _as_cut(records: Iterable[Record], index: SampleIndex) -> list[Record]:
@@ -109,6 +126,7 @@ def _lines(
     dataset: PackDataset,
     records: list[Record],
     answerer: Answerer | None,
+    metrics: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     index = dataset.index
     batches = in_order(index.lengths, np.arange(len(records)), config.per_device_eval_batch_size, None)
@@ -120,7 +138,7 @@ def _lines(
             chosen = [records[sample] for sample in pack.source.samples]
             answers = _answers(answerer, chosen, pack) if answerer else [None] * len(chosen)
             for record, (loss, count), answer in zip(chosen, losses, answers, strict=True):
-                yield _line(record, loss, count, answer)
+                yield _line(record, loss, count, answer, metrics)
             if number % 20 == 0:
                 logger.info("evaluated %d of %d batches", number, len(order))
 
@@ -140,7 +158,9 @@ def _answers(answerer: Answerer, records: list[Record], pack: Pack) -> list[str]
     return answerer([Question(record.turns[:-1], [next(pixels) for _ in record.images]) for record in records])
 
 
-def _line(record: Record, loss: float, num_supervised: int, answer: str | None) -> dict[str, Any]:
+def _line(
+    record: Record, loss: float, num_supervised: int, answer: str | None, metrics: Sequence[str]
+) -> dict[str, Any]:
     line = {
         "id": record.id,
         "image": record.images[0].name if len(record.images) == 1 else [image.name for image in record.images],
@@ -150,8 +170,8 @@ def _line(record: Record, loss: float, num_supervised: int, answer: str | None) 
         "num_supervised": num_supervised,
     }
     if answer is not None:
-        values = {name: metric(answer, record.turns[-1].text) for name, metric in METRICS.items()}
-        line |= {"answer": answer, "correct": values["exact_match"] == 1, **values}
+        values = {name: METRICS[name].of_answer(answer, record.turns[-1].text) for name in metrics}
+        line |= {"answer": answer, "correct": values[metrics[0]] == 1, **values}
     return line
 
 
