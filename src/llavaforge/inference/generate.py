@@ -5,11 +5,12 @@ Comes in: a `LoadedModel`, prompts as training saw them, pixels. Goes out: texts
 Legend: B prompts, T tokens of the longest prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import TextStreamer
 
 from llavaforge.config.schema import SampleOptions
 from llavaforge.data.index.open import sample_builder
@@ -26,6 +27,18 @@ class Question:
 
     turns: tuple[Turn, ...]
     pixels: Sequence[Pixels] = ()
+
+
+class _Pieces(TextStreamer):
+    """Hands on an answer's text, word by word."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by `generate`."""
+        self._on_text(text)
 
 
 class Answerer:
@@ -55,8 +68,13 @@ class Answerer:
             "pad_token_id": end_ids[0] if pad_id is None else pad_id,
         }
 
-    def __call__(self, questions: Sequence[Question]) -> list[str]:
-        """Return one answer per question."""
+    def __call__(self, questions: Sequence[Question], on_text: Callable[[str], None] | None = None) -> list[str]:
+        """Return one answer per question.
+
+        Args:
+            questions: any number of them; one where there is `on_text`.
+            on_text: told each piece of the answer's text as soon as it is sure.
+        """
         tokenizer, device = self._loaded.processor.tokenizer, self._loaded.model.device
         prompts = [self._ids(question) for question in questions]
         longest = max(map(len, prompts))
@@ -66,7 +84,11 @@ class Answerer:
         pixels = [torch.from_numpy(image) for question in questions for image in question.pixels]
         with torch.no_grad(), stock_attention(self._loaded.model):
             output = self._loaded.model.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, **self._images(pixels), **self._settings
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                streamer=None if on_text is None else _Pieces(tokenizer, on_text),
+                **self._images(pixels),
+                **self._settings,
             )
         answers: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
