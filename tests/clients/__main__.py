@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.machine import source_sha256
+
 ROOT = Path(__file__).parent.parent.parent
 ASK = Path(__file__).parent / "ask.py"
 NUM_QUESTIONS = 40
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
     parser.add_argument("--client", nargs="+", choices=[client.name for client in CLIENTS], help="only these")
     chosen, environments = parser.parse_args(arguments).client, ROOT / ".clients"
-    trained = environments / "quickstart"
+    trained = environments / f"quickstart-{source_sha256()[:12]}"
     if not (trained / "quickstart.json").is_file():
         _run([sys.executable, "-m", "llavaforge", "quickstart", "--output_dir", str(trained)])
     num_failed = 0
@@ -87,7 +89,7 @@ def _answers(python: Path, trained: Path, folder: Path) -> dict[str, Any]:
 
 def _expected(trained: Path, folder: Path) -> list[str]:
     """Return what `llavaforge evaluate` answers."""
-    output, questions = trained.parent / f"expected-{folder.name}", trained / "data" / "heldout" / "questions.json"
+    output, questions = trained / f"expected-{folder.name}", trained / "data" / "heldout" / "questions.json"
     command = [sys.executable, "-m", "llavaforge", "evaluate", "--model_name_or_path", str(folder)]
     command += ["--data_path", str(questions), "--max_samples", str(NUM_QUESTIONS)]
     _run([*command, "--bf16", "false", "--output_dir", str(output)])

@@ -1,6 +1,7 @@
 """A card says what a model is made of and how it was trained, and the hub can read it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
+from llavaforge.checkpoint.state import without_private_paths
 from llavaforge.config.schema import CustomizeModelConfig, ExportConfig
+from llavaforge.errors import UserError
 from llavaforge.inference.export import export
 from llavaforge.join.parts import customize_model
 from llavaforge.model_folder.card import PARTS, describe_part, model_card
@@ -31,12 +34,14 @@ def test_a_part_of_the_hub_is_named_with_its_revision_and_licence(tiny_clip: Pat
     assert found["sha256"] == local["sha256"] and len(found["sha256"]) == 64
 
 
-@pytest.mark.parametrize("text", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "\xff", "", "---\nlicense: 3\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "\xff", "", "---\nlicense: 2024-01-01\n---\n"]
+)
 def test_a_part_s_own_card_may_hold_anything(text: str, tiny_clip: Path, tmp_path: Path) -> None:
     for file in tiny_clip.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "README.md").write_text(text, encoding="latin-1")
-    assert describe_part(tmp_path)["license"] in (None, 3)
+    assert describe_part(tmp_path)["license"] is None
 
 
 @pytest.mark.parametrize(
@@ -84,19 +89,33 @@ def test_cards_follow_the_model_from_the_join_to_the_export(
     assert "| lora_r |" not in (folders["projector"] / "README.md").read_text()
 
 
-def test_an_adapter_that_is_given_away_holds_no_private_path_and_moves_with_its_base(
-    tiny_llava: Path, shapes: Path, tmp_path: Path
+def test_an_adapter_that_is_given_away_holds_no_private_path_and_finds_its_base_from_the_run(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = tmp_path / "home of someone"
-    home.mkdir()
-    base = home / "base"
-    base.mkdir()
-    for file in tiny_llava.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    train(train_config(base, shapes / "train", home / "run", train_type="use_lora", max_steps=2))
-    for file in (home / "run" / "final").iterdir():
+    home, elsewhere = tmp_path / "home of someone", tmp_path / "elsewhere"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    base = shutil.copytree(tiny_llava, home / "base")
+    monkeypatch.chdir(home)  # adapter_config.json names the base as seen from here
+    config = train_config(base, shapes / "train", elsewhere / "run", train_type="use_lora", max_steps=2)
+    train(config.model_copy(update={"system_prompt": "/no_think ~~~"}))
+    final = elsewhere / "run" / "final"
+    for file in final.iterdir():
         if file.suffix in (".json", ".md", ".jinja") and file.name != "tokenizer.json":
-            assert str(home) not in file.read_text() and str(shapes) not in file.read_text(), file.name
-    home.rename(tmp_path / "elsewhere")
-    result = export(ExportConfig(checkpoint=tmp_path / "elsewhere" / "run" / "final", output_dir=tmp_path / "exported"))
-    assert result["max_logit_difference"] < 1e-3
+            text = file.read_text()
+            assert not {word for word in (home.name, str(tmp_path), "../") if word in text}, file.name
+    assert "| system_prompt | /no_think ~~~ |" in (final / "README.md").read_text()
+    assert export(ExportConfig(checkpoint=final, output_dir=tmp_path / "one"))["max_logit_difference"] < 1e-3
+    given = shutil.copytree(final, tmp_path / "given away")
+    with pytest.raises(UserError, match=r"its base model base is not there.*--base_model FOLDER"):
+        monkeypatch.chdir(tmp_path)
+        export(ExportConfig(checkpoint=given, output_dir=tmp_path / "two"))
+    export(ExportConfig(checkpoint=given, base_model=base, output_dir=tmp_path / "two"))
+
+
+def test_a_run_whose_system_prompt_begins_like_a_path_keeps_it(tmp_path: Path) -> None:
+    run = {
+        "config": {"system_prompt": "~~~ Be helpful", "output_dir": "~nobody/runs/a", "data": [{"path": "/x/y.json"}]}
+    }
+    found = without_private_paths(run)["config"]
+    assert found == {"system_prompt": "~~~ Be helpful", "output_dir": "a", "data": [{"path": "y.json"}]}

@@ -1,3 +1,4 @@
+import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -11,6 +12,11 @@ LIST_ONLY = (
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# SmolVLM's way: parts in their order.
+IN_ORDER = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
 STRICT = "\n{{ bos_token }}" + CHATML.replace("{% for", "{% set ns = namespace(x=1) %}{% for", 1)
 
@@ -86,7 +92,24 @@ def test_a_template_of_lists_alone_learns_strings():
         assert "USER: <image>\nWhat?" in render(template, string)
 
 
-@pytest.mark.parametrize("own", [CHATML, STRICT, LIST_ONLY])
+def test_a_template_of_lists_in_their_order_puts_the_only_image_first_all_the_same():
+    template, answer = accepting_strings_and_lists(IN_ORDER, {}), [{"type": "text", "text": "Cats."}]
+    expected = render(IN_ORDER, [{"type": "text", "text": "<image>\nWhat?"}], answer)
+    for content in ([IMAGE, WHAT], [WHAT, IMAGE], "What?\n<image>", "<image>What?"):
+        assert render(template, content) == expected
+
+
+@pytest.mark.parametrize("own", [CHATML, STRICT, LIST_ONLY, IN_ORDER])
+def test_a_client_that_looks_for_a_loop_over_the_content_finds_it(own):
+    """vLLM reads the template's syntax tree to know whether it takes lists."""
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+        accepting_strings_and_lists(own, {"bos_token": ""})
+    )
+    loops = [loop.iter for loop in tree.find_all(jinja2.nodes.For)]
+    assert any(isinstance(it, jinja2.nodes.Getitem) and getattr(it.arg, "value", "") == "content" for it in loops)
+
+
+@pytest.mark.parametrize("own", [CHATML, STRICT, LIST_ONLY, IN_ORDER])
 def test_preparing_a_template_twice_changes_nothing(own):
     once = accepting_strings_and_lists(own, {"bos_token": "<s>"})
     assert accepting_strings_and_lists(once, {"bos_token": "<s>"}) == once

@@ -12,7 +12,6 @@ number of processes:
 What is frozen is not in it: it is found in the base model, whose fingerprint `run.json` holds.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from llavaforge.config.train_types import TRAIN_TYPES, TrainType
 from llavaforge.engine.base import ParameterState
 from llavaforge.errors import reading
-from llavaforge.files import real_path
 from llavaforge.model_folder.card import RUN
 from llavaforge.model_folder.read import read_json
 from llavaforge.model_folder.tensors import open_tensors
@@ -33,6 +31,7 @@ TRAIN_STATE = "train_state.json"
 LATEST = "latest"
 PREFIX = "checkpoint-"
 _KEYS = ("weight", "exp_avg", "exp_avg_sq")
+_TEXTS = {"system_prompt"}
 
 
 class _Strict(BaseModel):
@@ -94,22 +93,17 @@ def load_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def without_private_paths(value: Any, relative_to: Path | None = None) -> Any:
-    """Return a run's description for a folder that is given away: of absolute paths only the last name is left.
+def without_private_paths(value: Any) -> Any:
+    """Return a run's description for a folder that is given away: of a path outside of here only the last name is left.
 
-    Args:
-        value: the description, or a part of it.
-        relative_to: the folder; paths are said as seen from there, for a folder that needs what they lead to.
+    (A system prompt may begin like a path.)
     """
     if isinstance(value, dict):
-        return {key: without_private_paths(item, relative_to) for key, item in value.items()}
+        return {key: item if key in _TEXTS else without_private_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_private_paths(item, relative_to) for item in value]
+        return [without_private_paths(item) for item in value]
     is_private = isinstance(value, str) and value.startswith(("/", "~", "../"))
-    if not is_private:
-        return value
-    path = Path(value).expanduser()
-    return path.name if relative_to is None else os.path.relpath(real_path(path), real_path(relative_to))
+    return Path(value).name if is_private else value
 
 
 class ParameterStates(Mapping[str, ParameterState]):

@@ -4,7 +4,7 @@ Comes in: a folder of a run. Goes out: the trained tensors and the base model th
 merged into a new folder.
 """
 
-import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 
 from llavaforge.checkpoint.state import TRAIN_STATE, load_run, load_weights, without_private_paths
 from llavaforge.errors import UserError, reading
-from llavaforge.files import real_path
 from llavaforge.folders import differences, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.lora import LoraOptions, add_lora, is_lora, lora_modules, merged_weight, trained_tensors
@@ -65,8 +64,7 @@ def read_trained(folder: Path, base_model: Path | None = None) -> Trained | None
     if found := differences(folder):
         raise UserError(f"{folder}: {'; '.join(found)}. Give another checkpoint, or copy it again.")
     run = load_run(folder)
-    # Of an adapter that is given away the path leads from its own folder (`folder / absolute` is absolute).
-    base = base_model or Path(os.path.normpath(real_path(folder) / run["base_model"]))
+    base = base_model or Path(own_run(folder, run)["base_model"])
     _check_base(folder, base, run, is_given=base_model is not None)
     with reading(folder / RUN, "Restore it, or give another checkpoint."):
         options = _lora_options(run)
@@ -74,6 +72,22 @@ def read_trained(folder: Path, base_model: Path | None = None) -> Trained | None
         return Trained(base, load_weights(folder), options, run)
     adapter = open_tensors(folder, "adapter_model")
     return Trained(base, trained_tensors(dict(adapter.items())), options, run)
+
+
+def own_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's description with its paths, which a `final` does not hold: it is there to be given away.
+
+    Args:
+        folder: a checkpoint-N or a `final`.
+        run: its own description, which is returned where it was moved out of the run's folder.
+    """
+    around = folder.resolve().parent
+    with suppress(UserError):
+        if (around / RUN).is_file():
+            own = load_run(around)
+            if own["identity"]["base_model"] == run["identity"]["base_model"]:
+                return own
+    return run
 
 
 def open_model(name_or_path: str, base_model: Path | None = None, dtype: torch.dtype | None = None) -> LoadedModel:

@@ -12,8 +12,7 @@ import torch
 
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import ChatConfig, SampleOptions
-from llavaforge.data.faults import KINDS, RecordError
-from llavaforge.data.pixels.decode import decode
+from llavaforge.data.pixels.decode import ImageError, decode
 from llavaforge.data.pixels.preprocessing import Pixels, Preprocessing
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn, image_first
 from llavaforge.device import compute_dtype, pick_device
@@ -66,8 +65,8 @@ class _Conversation:
             content = path.read_bytes()
         try:
             pixels = self.preprocessing(decode(content, str(path)))
-        except RecordError as error:
-            raise UserError(f"{path}: {KINDS[error.kind].title}. Give another image file.") from None
+        except ImageError as error:
+            raise UserError(str(error).replace(", or remove its record from the data", "")) from None
         del self.pixels[len(self.pixels) - self.is_new :]
         self.pixels.append(pixels)
         self.is_new = True

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llavaforge.checkpoint.state import load_run
-from llavaforge.checkpoint.trained import Trained, merge, open_model, read_trained
+from llavaforge.checkpoint.trained import merge, open_model, own_run, read_trained
 from llavaforge.config.schema import DataEntry, ExportConfig
 from llavaforge.data.faults import RecordError
 from llavaforge.data.index.prepare import records_of
@@ -35,7 +35,7 @@ from llavaforge.results import ExportResult
 logger = logging.getLogger(__name__)
 
 _QUESTIONS = ("What?", "What is in this image, where is it, and what is around it?")
-_NUM_SAMPLES, _NUM_NEW_TOKENS = 2, 6
+_NUM_SAMPLES, _NUM_NEW_TOKENS, _MOST_RECORDS = 2, 6, 1000
 
 # Largest difference allowed, as a share of the largest logit: for float32 rounding alone; for half precision a merged
 # LoRA rounds each weight once more (2^-9 relative for bfloat16): 5.6 % were seen of a tiny model with AMX.
@@ -63,7 +63,7 @@ def export(config: ExportConfig) -> ExportResult:
         update_model_folder(config.output_dir, config.checkpoint, {}, overwrite=config.overwrite)
     else:
         merge(config.output_dir, trained, overwrite=config.overwrite)
-    processor, samples = AutoProcessor.from_pretrained(config.output_dir), _samples(config.checkpoint, trained)
+    processor, samples = AutoProcessor.from_pretrained(config.output_dir), _samples(config.checkpoint)
     expected = [_generate(processor, model, [sample]) for sample in samples]
     bound = _BOUND[model.lm_head.weight.dtype] * max(1.0, *(float(answer.logits.abs().max()) for answer in expected))
     del model
@@ -154,33 +154,27 @@ def _prompt(processor: Any, question: str) -> str:
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
 
-def _samples(checkpoint: Path, trained: Trained | None) -> list[Sample]:
+def _samples(checkpoint: Path) -> list[Sample]:
     """Return what both models are asked: the first samples of the training data, when it is at hand.
 
     Beside them a question of one word, so that a batch has to be padded.
     """
     generated = [Sample(_noise(), question) for question in _QUESTIONS]
-    around = checkpoint.resolve().parent  # a `final` that is a whole model is there to be given away: its run says more
     try:
-        if trained is None and not (around / RUN).is_file():
+        if not (checkpoint / RUN).is_file():
             return generated
-        run = load_run(around) if trained is None else trained.run
-        stated = run["data"][0]  # absent in runs of llavaforge 0.1.0 of before December 2026
-        paths = {key: _found(checkpoint, stated.get(key)) for key in ("path", "images")}
-        entry = DataEntry.model_validate(paths | {"split": stated.get("split")})
+        run = own_run(checkpoint, load_run(checkpoint))
+        entry = DataEntry.model_validate(run["data"][0])  # absent in runs of llavaforge 0.1.0 of before December 2026
         source = find_source(entry, cache_dir())
-        records = (record for record in records_of(source) if len(record.images) == 1)
-        real = [_sample(source, record) for record in islice(records, _NUM_SAMPLES)]
-        return [*real, generated[0]] if real else generated
+        records = [record for record in islice(records_of(source), _MOST_RECORDS) if len(record.images) == 1]
+        real = [_sample(source, record) for record in records[:_NUM_SAMPLES]]
+        if real:
+            return [*real, generated[0]]
+        logger.warning("verifying on generated images: none of the first records of the data has one image")
+        return generated
     except (UserError, RecordError, LookupError, OSError, ValueError) as error:
         logger.warning("verifying on a generated image, the training data is not at hand: %s", error)
         return generated
-
-
-def _found(folder: Path, path: str | None) -> str | None:
-    """Return a path of a run's description, which leads from the run's folder where it was given away."""
-    beside = folder.resolve() / path if path else None
-    return str(beside) if beside is not None and beside.exists() else path
 
 
 def _sample(source: Source, record: Record) -> Sample:

@@ -111,7 +111,7 @@ def num_embeddings(vocab_size: int, image_token_id: int) -> int:
 def _origins(config: CustomizeModelConfig, tower: Part, language_model: Part) -> dict[str, Any]:
     """Return what the model is made of, for `parts.json` and the model card."""
     source = config.projector_from
-    known = Path(source).name if source and Path(source).exists() else source
+    known = Path(source).name if source and Path(source).expanduser().exists() else source
     projector = {"name": known or f"new, seed {config.seed}"}
     return {
         "vision_tower": describe_part(tower.folder),

@@ -18,7 +18,7 @@ from huggingface_hub.repocard import metadata_load
 from transformers import LlavaConfig
 from yaml import YAMLError
 
-from llavaforge.errors import reason
+from llavaforge.errors import UserError, reason
 from llavaforge.folders import fingerprint
 from llavaforge.model_folder.read import read_json
 
@@ -77,17 +77,23 @@ def describe_part(folder: Path) -> dict[str, Any]:
 def read_records(folder: Path) -> dict[str, Any]:
     """Return what a model folder says of its parts and of the run that trained it, by the names of these files.
 
-    Raises:
-        UserError: one of them is damaged.
+    Neither is needed to use the folder, so what cannot be read is left out with a warning.
     """
-    found = {name: read_json(folder / name) for name in (PARTS, RUN) if (folder / name).is_file()}
+    found = {}
+    for name in (PARTS, RUN):
+        if (folder / name).is_file():
+            try:
+                found[name] = read_json(folder / name)
+            except UserError as error:
+                log.warning("not passed on to the new model's card: %s", error)
     return {name: content for name, content in found.items() if name == PARTS or "llavaforge" in content}
 
 
-def _stated_license(card: Path) -> Any:
+def _stated_license(card: Path) -> str | None:
     """Return what a part's own card says, None where it says nothing (or cannot be read: it is anybody's text)."""
     try:
-        return (metadata_load(card) or {}).get("license") if card.is_file() else None
+        stated = (metadata_load(card) or {}).get("license") if card.is_file() else None
+        return stated if isinstance(stated, str) else None
     except (OSError, ValueError, YAMLError) as error:
         log.warning("%s: the licence is not recorded, its front matter does not read: %s", card, reason(error))
         return None
@@ -119,8 +125,9 @@ def adapter_card(base_model: str, parts: Mapping[str, Any] | None, run: Mapping[
         parts: of the base model, as in `model_card`.
         run: what `run.json` holds, without private paths.
     """
+    named = "/".join(part for part in Path(base_model).parts[-2:] if part != "..")
     about = (
-        f"A LoRA for the language model of `{base_model}`, and its whole projector, made with llavaforge.\n"
+        f"A LoRA for the language model of `{named}`, and its whole projector, made with llavaforge.\n"
         "`llavaforge export` merges it into a plain model.\n"
     )
     front = _front("peft", _public(parts), _license(parts))

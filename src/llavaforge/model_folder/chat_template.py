@@ -20,35 +20,21 @@ from llavaforge.processes.alarm import alarm
 log = logging.getLogger(__name__)
 
 # Named `llavaforge` inside, so that it cannot meet a variable of the template that follows. Templates run in an
-# immutable sandbox: no list.append, hence `+ [...]`.
-_BEGIN = """\
+# immutable sandbox: no list.append, hence `+ [...]`. vLLM asks whether a template loops over `message['content']` to
+# know whether it takes lists. The second half is `data/rows/turns.py: image_first`.
+_PREAMBLE = """\
 {#- llavaforge: content may be a string or a list of images and texts; a user's only image comes first -#}
 {%- set llavaforge = namespace(messages=[], text='', after_image=false) -%}
 {%- for message in messages -%}
-"""
-# `data/rows/turns.py: image_first`, in Jinja.
-_IMAGE_FIRST = """\
-{%- set halves = llavaforge.text.split('<image>') -%}
-{%- if message['role'] == 'user' and halves | length == 2 -%}
-{%- set newline = halves[0].endswith('\\n') or halves[1].startswith('\\n') -%}
-{%- set words = (halves[0].rstrip() + ('\\n' if newline else ' ') + halves[1].lstrip()).strip() -%}
-{%- set llavaforge.text = '<image>' + ('\\n' + words if words else '') -%}
-{%- endif -%}
-"""
-_END = """\
-{%- endfor -%}
-{%- set messages = llavaforge.messages %}
-"""
-
-LISTS_TO_STRINGS = (
-    _BEGIN
-    + """\
 {%- if message['content'] is not defined or message['content'] is none -%}
 {%- set llavaforge.messages = llavaforge.messages + [message] -%}
 {%- else -%}
+{%- if message['content'] is string -%}
+{%- set llavaforge.text = message['content'] -%}
+{%- else -%}
 {%- set llavaforge.text = '' -%}
 {%- set llavaforge.after_image = false -%}
-{%- for part in ([message['content']] if message['content'] is string else message['content']) -%}
+{%- for part in message['content'] -%}
 {%- set is_image = part is not string and part['type'] in ['image', 'image_url'] -%}
 {%- set piece = '<image>' if is_image else part if part is string else part['text'] -%}
 {%- if (is_image or llavaforge.after_image) and not loop.first -%}
@@ -58,30 +44,21 @@ LISTS_TO_STRINGS = (
 {%- set llavaforge.text = llavaforge.text + piece -%}
 {%- set llavaforge.after_image = is_image -%}
 {%- endfor -%}
-"""
-    + _IMAGE_FIRST
-    + """\
-{%- set llavaforge.messages = llavaforge.messages + [dict(message, content=llavaforge.text)] -%}
 {%- endif -%}
+{%- set halves = llavaforge.text.split('<image>') -%}
+{%- if message['role'] == 'user' and halves | length == 2 -%}
+{%- set newline = halves[0].endswith('\\n') or halves[1].startswith('\\n') -%}
+{%- set words = (halves[0].rstrip() + ('\\n' if newline else ' ') + halves[1].lstrip()).strip() -%}
+{%- set llavaforge.text = '<image>' + ('\\n' + words if words else '') -%}
+{%- endif -%}
+{%- set llavaforge.messages = llavaforge.messages + [dict(message, content=CONTENT)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = llavaforge.messages %}
 """
-    + _END
-)
-
-# The other way round, for llava-hf's own templates, which know lists alone (and put their images first) and drop
-# strings in silence.
-STRINGS_TO_LISTS = (
-    _BEGIN
-    + """\
-{%- set content = message['content'] -%}
-{%- set llavaforge.text = content if content is string else '' -%}
-"""
-    + _IMAGE_FIRST
-    + """\
-{%- set parts = [{'type': 'text', 'text': llavaforge.text}] if content is string else content -%}
-{%- set llavaforge.messages = llavaforge.messages + [dict(message, content=parts)] -%}
-"""
-    + _END
-)
+_AS_STRINGS = _PREAMBLE.replace("CONTENT", "llavaforge.text")
+# For templates that know lists alone and drop strings in silence, such as llava-hf's own.
+_AS_LISTS = _PREAMBLE.replace("CONTENT", "[{'type': 'text', 'text': llavaforge.text}]")
 
 _LONGEST_S = 5
 _MOST_MEMORY = 1 << 30
@@ -126,7 +103,7 @@ def accepting_strings_and_lists(template: str, tokens: Mapping[str, str]) -> str
     if knows_strings and all(other == first for other in others):
         return template
     knows_lists = others[1] is not None and text in others[1] and "<image>" in others[1]
-    return (STRINGS_TO_LISTS if knows_lists and not knows_strings else LISTS_TO_STRINGS) + template
+    return (_AS_LISTS if knows_lists and not knows_strings else _AS_STRINGS) + template
 
 
 def beginning_as_trained(template: str, tokens: Mapping[str, str]) -> str:

@@ -51,7 +51,7 @@ def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: Train
                 card = adapter_card(named, read_records(base).get(PARTS), without_private_paths(run))
                 (temporary / "README.md").write_text(card, encoding="utf-8")
                 write_processor(temporary, opened.loaded.processor)
-                shared = without_private_paths(run, folder)
+                shared = without_private_paths(run)
                 (temporary / RUN).write_text(to_json(shared, indent=1) + "\n")
         logger.info("finished model: %s", folder)
     engine.world.barrier()
