@@ -13,8 +13,7 @@ from datasets import Dataset, Image, List
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from bench.race.stopwatch import Stopwatch
-from bench.race.usual_way import IGNORE_INDEX, SYSTEM_PROMPT, arguments, load
+from bench.race.usual_way import SYSTEM_PROMPT, arguments, load, train
 from bench.scenarios import Task
 
 # Of the usual way's arguments, those that are not defaults there.
@@ -47,22 +46,7 @@ def run(task: Task, channel: int) -> None:
     shared = {name: getattr(usual, name) for name in _SHARED}
     options = SFTConfig(**shared, gradient_checkpointing=False, max_length=None, completion_only_loss=True)
     trainer = SFTTrainer(model=load(task), args=options, train_dataset=rows, processing_class=processor)
-
-    def losses() -> list[float]:
-        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-    def counts() -> dict[str, Any]:
-        size = task.batch_size
-        starts = range(0, len(losses()) * size, size)
-        batches = [trainer.data_collator([rows[place] for place in range(start, start + size)]) for start in starts]
-        return {
-            "tokens": [int(batch["attention_mask"].sum()) for batch in batches],
-            "padded": [batch["attention_mask"].numel() for batch in batches],
-            "supervised": [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches],
-        }
-
-    Stopwatch(channel, losses, counts)
-    trainer.train()
+    train(trainer, rows, task.batch_size, channel)
 
 
 if __name__ == "__main__":

@@ -127,19 +127,22 @@ def arguments(task: Task) -> TrainingArguments:
     )
 
 
-def run(task: Task, channel: int) -> None:
-    """Train until told to stop; `channel` is where the stopwatch reports."""
-    processor = AutoProcessor.from_pretrained(task.model)
-    rows, collator = Rows(Path(task.data), task.order), Collator(processor)
-    trainer = Trainer(model=load(task), args=arguments(task), train_dataset=rows, data_collator=collator)
+def train(trainer: Trainer, rows: Any, batch_size: int, channel: int) -> None:
+    """Train until told to stop, and tell what each batch held.
+
+    Args:
+        trainer: with its collator.
+        rows: that it trains on, in this order.
+        batch_size: rows per step.
+        channel: where the stopwatch reports.
+    """
 
     def losses() -> list[float]:
         return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
     def counts() -> dict[str, Any]:
-        size = task.batch_size
-        starts = range(0, len(losses()) * size, size)
-        batches = [collator([rows[place] for place in range(start, start + size)]) for start in starts]
+        starts = range(0, len(losses()) * batch_size, batch_size)
+        batches = [trainer.data_collator([rows[start + place] for place in range(batch_size)]) for start in starts]
         return {
             "tokens": [int(batch["attention_mask"].sum()) for batch in batches],
             "padded": [batch["attention_mask"].numel() for batch in batches],
@@ -148,6 +151,14 @@ def run(task: Task, channel: int) -> None:
 
     Stopwatch(channel, losses, counts)
     trainer.train()
+
+
+def run(task: Task, channel: int) -> None:
+    """Train until told to stop; `channel` is where the stopwatch reports."""
+    processor = AutoProcessor.from_pretrained(task.model)
+    rows, collator = Rows(Path(task.data), task.order), Collator(processor)
+    trainer = Trainer(model=load(task), args=arguments(task), train_dataset=rows, data_collator=collator)
+    train(trainer, rows, task.batch_size, channel)
 
 
 if __name__ == "__main__":
