@@ -1,5 +1,6 @@
 """Workers are started whole or not at all."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,9 @@ def test_ctrl_c_while_workers_start_leaves_none_half_started(function: str, even
     command = [sys.executable, script, function, event, str(number)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"interrupted in {function}\n", "")
+
+
+def test_a_worker_whose_process_died_as_it_took_a_pack_ends_without_a_word() -> None:
+    command = [sys.executable, Path(__file__).with_name("orphaned.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "", "")

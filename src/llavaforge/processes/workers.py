@@ -8,15 +8,18 @@ context.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
+from types import TracebackType
 from typing import Any, TypeVar
 
 from llavaforge.errors import RunFailed
@@ -25,6 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 PRELOADED = ["llavaforge.data.load.preload"]  # what the fork server imports
+_END_S = 5.0  # a process that is ending closes its connections one after the other
 _ready: list[bool] = []  # whether the server of this process has answered
 
 
@@ -100,16 +104,26 @@ def _do_remembered(item: Any) -> Any:
 def end_with_parent() -> None:
     """End this worker when the process that asked for it ends, however that ends; to be called in the worker.
 
-    Its parent is the fork server, which lives as long as any worker does.
+    Its parent is the fork server, which lives as long as any worker does. A connection that breaks as that process ends
+    may be seen before its end is: then it is no error of this worker's, and nothing is printed.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+        sys.excepthook = partial(_print_unless_ended, parent.sentinel)
 
 
 def _end_after(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
+
+
+def _print_unless_ended(
+    sentinel: int, kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
+    if issubclass(kind, ConnectionError | EOFError) and wait([sentinel], timeout=_END_S):
+        os._exit(1)
+    sys.__excepthook__(kind, error, where)
 
 
 def own_cores() -> set[int]:
