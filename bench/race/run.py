@@ -1,6 +1,7 @@
 """The benchmark as a story: describe the machine, make the model and samples, race each scenario, report."""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import logging
@@ -23,6 +24,7 @@ from bench.race.work import make_tasks, work_of
 from bench.samples import make_samples
 from bench.scenarios import HELP_BAR_S, REAL, SCENARIOS, SIZES, Scenario
 from llavaforge.device import compute_dtype
+from llavaforge.machine.random_model import ModelSize
 from llavaforge.training.peak_flops import measured_flops
 
 # A typical caption sample, for the table of shares: its text with markup, and its answer with the end token.
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.num_threads)
     dtype = compute_dtype(options.bf16 if options.bf16 == "auto" else options.bf16 == "true")
     results: dict[str, Any] = {"date": _today(), "size": options.size, "machine": machine.describe(dtype)}
+    results["vocab_size"] = _size(options).vocab_size
     results["compiled"] = options.compile == "true"
     results["source_sha256"] = machine.source_sha256()
     report.print_machine(results["machine"], console)
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results["scenarios"] = []
     with tempfile.TemporaryDirectory(prefix="llavaforge-bench-") as folder:
         texts = make_samples(Path(folder) / "data", options.photos)
-        model = make_model(Path(folder) / "model", SIZES[options.size], texts)
+        model = make_model(Path(folder) / "model", _size(options), texts)
         for scenario in SCENARIOS:
             if options.scenario and scenario.name not in options.scenario:
                 continue
@@ -64,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"written: {options.output}")
     return 0
+
+
+def _size(options: argparse.Namespace) -> ModelSize:
+    size = SIZES[options.size]
+    return dataclasses.replace(size, vocab_size=options.vocab_size or size.vocab_size)
 
 
 def _measure(
@@ -95,6 +103,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, help="a folder of JPEG files to use instead of generated images")
     parser.add_argument("--scenario", nargs="+", choices=names, help="only these")
     parser.add_argument("--size", choices=[name for name in SIZES if name != REAL], default="replica")
+    parser.add_argument("--vocab_size", type=int, help="another than the size's: Qwen1.5's 151936, for memory")
     parser.add_argument("--num_steps", type=int, default=5, help="measured steps per scenario (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="samples per step (default: %(default)s)")
     parser.add_argument(

@@ -38,21 +38,21 @@ def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: Train
         engine: gives the trained weights.
         result: put into `run.json`.
     """
-    run, base, lora = {**opened.run, "result": result}, opened.loaded.path, lora_options(opened.config)
+    run = without_private_paths({**opened.run, "result": result})
+    base, lora = opened.loaded.path, lora_options(opened.config)
     trained = dict(engine.masters())
     if engine.world.is_writer:
         if lora is None:
-            update_model_folder(folder, base, trained, _makes_room(folder), records={RUN: without_private_paths(run)})
+            update_model_folder(folder, base, trained, _makes_room(folder), records={RUN: run})
         else:
             with publishing(folder, overwrite=_makes_room(folder)) as temporary:
                 write_shards(temporary, "adapter_model", adapter_tensors(trained).items(), max_shard_bytes=2**62)
                 named = _portable(opened.config.model_name_or_path)
                 peft_config(lora, named).save_pretrained(temporary)
-                card = adapter_card(named, read_records(base).get(PARTS), without_private_paths(run))
+                card = adapter_card(named, read_records(base).get(PARTS), run)
                 (temporary / "README.md").write_text(card, encoding="utf-8")
                 write_processor(temporary, opened.loaded.processor)
-                shared = without_private_paths(run)
-                (temporary / RUN).write_text(to_json(shared, indent=1) + "\n")
+                (temporary / RUN).write_text(to_json(run, indent=1) + "\n")
         logger.info("finished model: %s", folder)
     engine.world.barrier()
 
