@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llavaforge.config.schema import TrainConfig
+from llavaforge.config.schema import Schema, TrainConfig
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.index.open import open_index
 from llavaforge.data.load.loader import PackDataset
@@ -57,10 +57,10 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {to_module_name(name): files[name] for name in files}
 
 
-def arguments_of(config: TrainConfig) -> list[str]:
+def arguments_of(config: Schema, verb: str = "train") -> list[str]:
     """The arguments of `llavaforge` that start this run."""
     values = config.model_dump(exclude_unset=True).items()
-    return ["train", *(f"--{key}={value}" for key, value in values if value is not None)]
+    return [verb, *(f"--{key}={value}" for key, value in values if value is not None)]
 
 
 def command(config: TrainConfig) -> list[str]:

@@ -531,7 +531,20 @@ def evaluate(
     max_new_tokens: int = 32,
     per_device_eval_batch_size: int = 16,
     blank_image: bool = False,
-    metrics: Sequence[Literal["auto", "none", "exact_match", "yes_no", "multiple_choice", "anls"]] = ("auto",),
+    metrics: Sequence[
+        Literal[
+            "auto",
+            "none",
+            "vqa",
+            "exact_match",
+            "yes_no",
+            "multiple_choice",
+            "multiple_choice_likelihood",
+            "anls",
+            "cider",
+            "bleu",
+        ]
+    ] = ("auto",),
     bf16: bool | Literal["auto"] = "auto",
     dataloader_num_workers: int = 2,
 ) -> EvaluateResult:
@@ -550,14 +563,15 @@ def evaluate(
         image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
         base_model: Folder of the model that the run started from, when it is no longer where it was.
-        output_dir: Where `samples.jsonl` and `summary.json` go.
+        output_dir: Where `samples.jsonl`, `summary.json` and `report.html` go.
         max_samples: Use only the first so many records.
         max_new_tokens: Longest answer that is generated.
         per_device_eval_batch_size: Samples per batch.
         blank_image: Replace each image by a grey one: what remains is what the model guesses without looking.
         metrics: What is measured of generated answers; `auto` takes what suits all reference answers: `exact_match`
-            when they are short (three words or fewer), `yes_no`, `multiple_choice` (by letter). `anls` is for texts
-            read from documents.
+            when they are short (three words or fewer), `vqa` when each sample has ten of them, `yes_no`,
+            `multiple_choice` (by letter). `multiple_choice_likelihood` is for options in the question, `anls` for texts
+            read from documents, `cider` and `bleu` for captions.
         bf16: Compute in bfloat16; `auto` where the hardware is fast at it.
         dataloader_num_workers: Processes that decode images.
 

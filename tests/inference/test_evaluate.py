@@ -114,7 +114,7 @@ def test_a_grey_image_replaces_every_picture(loaded_llava: LoadedModel, shapes: 
     [("Red.", "red", True), (" two  cats", "Two cats", True), ("reddish", "red", False), ("", "red", False)],
 )
 def test_exact_match_ignores_case_and_punctuation_only(answer: str, reference: str, match: bool) -> None:
-    assert exact_match(answer, reference) == match
+    assert exact_match(answer, [reference]) == match
 
 
 def test_chat_answers_on_stdout(tiny_llava: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,26 @@
 """Each metric against what its authors define, and an interval against what is known of it."""
 
+import importlib.util
 import math
 
 import numpy as np
 import pytest
 
-from llavaforge.inference.metrics import METRICS, anls, interval, multiple_choice, yes_no, yes_no_shares
+from llavaforge.errors import UserError
+from llavaforge.inference.metrics import (
+    METRICS,
+    anls,
+    bleu_of_all,
+    chosen,
+    cider,
+    exact_match,
+    interval,
+    measure,
+    multiple_choice,
+    yes_no,
+    yes_no_shares,
+)
+from llavaforge.inference.vqa import normalized, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -20,7 +35,8 @@ from llavaforge.inference.metrics import METRICS, anls, interval, multiple_choic
     ],
 )
 def test_anls_is_one_less_the_share_of_edits(answer: str, reference: str, value: float) -> None:
-    assert anls(answer, reference) == pytest.approx(value) == anls(reference, answer)
+    assert anls(answer, [reference]) == pytest.approx(value) == anls(reference, [answer])
+    assert anls(answer, ["something else", reference]) >= value
 
 
 @pytest.mark.parametrize(
@@ -31,15 +47,15 @@ def test_anls_is_one_less_the_share_of_edits(answer: str, reference: str, value:
     ],
 )
 def test_an_answer_means_yes_as_pope_has_it(answer: str, means_yes: bool) -> None:
-    assert yes_no(answer, "yes") == means_yes and yes_no(answer, "No") == (not means_yes)
+    assert yes_no(answer, ["yes"]) == means_yes and yes_no(answer, ["yes", "No", "No"]) == (not means_yes)
 
 
 def test_shares_of_yes_are_those_of_a_table_counted_by_hand() -> None:
     answers = ["yes"] * 5 + ["no"] * 3
     references = ["yes", "yes", "yes", "no", "no", "yes", "no", "no"]  # 3 of 5 said rightly, 3 of 4 found
-    found = yes_no_shares(answers, references)
+    found = yes_no_shares(answers, [[text] for text in references])
     assert found == pytest.approx({"precision": 0.6, "recall": 0.75, "f1": 2 * 0.45 / 1.35, "yes_rate": 5 / 8})
-    assert yes_no_shares(["no"], ["yes"]) == {"precision": 0, "recall": 0, "f1": 0, "yes_rate": 0}
+    assert yes_no_shares(["no"], [["yes"]]) == {"precision": 0, "recall": 0, "f1": 0, "yes_rate": 0}
 
 
 @pytest.mark.parametrize(
@@ -47,18 +63,76 @@ def test_shares_of_yes_are_those_of_a_table_counted_by_hand() -> None:
     [("B", True), ("(b) a dog", True), ("B. A dog", True), ("b", True), ("A", False), ("A dog", False), ("Bob", False)],
 )
 def test_a_choice_is_told_by_its_letter(answer: str, right: bool) -> None:
-    assert multiple_choice(answer, "B") == right
+    assert multiple_choice(answer, ["B"]) == right
 
 
 def test_what_suits_all_references_is_taken() -> None:
     suiting = {
-        name: [metric for metric in METRICS if METRICS[metric].suits(texts)]
+        name: [metric for metric in METRICS if METRICS[metric].suits([[text] for text in texts])]
         for name, texts in (("words", ["red", "two cats"]), ("yes", ["Yes.", "no"]), ("letters", ["A", "(C)"]))
     }
     assert suiting["words"] == ["exact_match"]
     assert suiting["yes"] == ["exact_match", "yes_no"]
     assert suiting["letters"] == ["exact_match", "multiple_choice"]
-    assert not any(metric.suits(["a caption of more than three words"]) for metric in METRICS.values())
+    assert not any(metric.suits([["a caption of more than three words"]]) for metric in METRICS.values())
+
+
+@pytest.mark.parametrize("same", range(11))
+def test_vqa_accuracy_of_ten_people_is_the_formula_counted_out(same: int) -> None:
+    people = ["yes"] * same + ["no"] * (10 - same)
+    expected = sum(min(1, (same - (person == "yes")) / 3) for person in people) / 10
+    assert vqa_accuracy("Yes.", people) == pytest.approx(
+        expected if same < 10 else 0
+    )  # all alike: nothing is made alike
+    assert vqa_accuracy("yes", people) == pytest.approx(expected)
+    assert [round(vqa_accuracy("yes", ["yes"] * few + ["no"] * (10 - few)), 6) for few in range(5)] == [
+        *(0, 0.3, 0.6, 0.9, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "alike"),
+    [
+        ("The  red, Dog.", "red dog"),
+        ("two", "2"),
+        ("None", "0"),
+        ("dont", "don't"),
+        ("100,978", "100978"),
+        ("1.5 m.", "1.5 m"),
+        ("2:50 pm", "2:50 pm"),
+        ("girl's t-shirt", "girl's t shirt"),
+        ("t-shirt - red", "tshirt red"),  # a mark beside a space is taken away everywhere
+    ],
+)
+def test_answers_are_made_alike_as_the_script_does(text: str, alike: str) -> None:
+    assert normalized(text) == alike
+
+
+def test_captions_are_measured_as_coco_does() -> None:
+    references = [["A cat sits on a mat."], ["two dogs, running in the park"]]
+    assert cider(["a cat sits on a mat", "two dogs running in the park"], references) == pytest.approx([10, 10])
+    assert cider(["two dogs running in the park", "a cat sits on a mat"], references) == pytest.approx([0, 0], abs=0.1)
+    # 5 of 6 words, 3 of 5 pairs are the reference's; nothing is shorter than it.
+    shares = bleu_of_all(["a cat lies on a mat"], [["a cat sits on a mat"]])
+    assert shares["1"] == pytest.approx(5 / 6) and shares["2"] == pytest.approx(math.sqrt(5 / 6 * 3 / 5))
+    longer = [f"a b c d e f {number}" for number in range(3)]
+    together = measure(["bleu"], {"answer": longer}, [[text] for text in longer])
+    assert together.of_all == pytest.approx({"bleu_1": 1, "bleu_2": 1, "bleu_3": 1, "bleu_4": 1})
+    assert not together.intervals  # the value of all is no mean
+
+
+def test_one_of_several_references_is_enough() -> None:
+    assert exact_match("A sofa.", ["couch", "a sofa"]) == 1 and exact_match("chair", ["couch", "a sofa"]) == 0
+
+
+def test_a_metric_that_lacks_references_or_a_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(["auto"], [["red"] * 10] * 3) == ["vqa", "exact_match"]
+    assert chosen(["auto", "none"], [["red"]]) == []
+    with pytest.raises(UserError, match=r"has 1 reference answer.*`answers` of each row"):
+        chosen(["vqa"], [["red"] * 10, ["red"]])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs pycocoevalcap: pip install 'llavaforge\[metrics\]'"):
+        chosen(["cider"], [["red"]])
 
 
 def test_an_interval_is_as_wide_as_the_mean_is_uncertain() -> None:

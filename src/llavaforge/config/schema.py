@@ -415,7 +415,10 @@ class TrainConfig(DataOptions):
         return self
 
 
-MetricName = Literal["auto", "none", "exact_match", "yes_no", "multiple_choice", "anls"]
+MetricName = Literal[
+    "auto", "none", "vqa", "exact_match", "yes_no", "multiple_choice", "multiple_choice_likelihood", "anls", "cider",
+    "bleu",
+]  # fmt: skip
 
 
 class EvaluateConfig(SampleOptions):
@@ -428,7 +431,7 @@ class EvaluateConfig(SampleOptions):
     data_path: Path
     """Same layouts as in `train`."""
     output_dir: Path | None = None
-    """Where `samples.jsonl` and `summary.json` go."""
+    """Where `samples.jsonl`, `summary.json` and `report.html` go."""
     max_samples: PositiveInt | None = None
     """Use only the first so many records."""
     max_new_tokens: PositiveInt = 32
@@ -439,7 +442,9 @@ class EvaluateConfig(SampleOptions):
     """Replace each image by a grey one: what remains is what the model guesses without looking."""
     metrics: list[MetricName] = ["auto"]
     """What is measured of generated answers; `auto` takes what suits all reference answers: `exact_match` when they are
-    short (three words or fewer), `yes_no`, `multiple_choice` (by letter). `anls` is for texts read from documents."""
+    short (three words or fewer), `vqa` when each sample has ten of them, `yes_no`, `multiple_choice` (by letter).
+    `multiple_choice_likelihood` is for options in the question, `anls` for texts read from documents, `cider` and
+    `bleu` for captions."""
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto` where the hardware is fast at it."""
     dataloader_num_workers: NonNegativeInt = 2

@@ -3,15 +3,9 @@
 Comes in: micro-batches of a plan, and the index. Goes out: a `Preview`.
 """
 
-import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
 from llavaforge.data.faults import Fault
 from llavaforge.data.index.index import Row, SampleIndex
@@ -20,6 +14,7 @@ from llavaforge.data.order.plan import MicroBatch
 from llavaforge.data.pixels.decode import inspect
 from llavaforge.data_preview.tokens import Reader, TokenGroup
 from llavaforge.report.page import count
+from llavaforge.report.pictures import png_url
 
 
 @dataclass(frozen=True)
@@ -148,16 +143,10 @@ def _picture(dataset: PackDataset, row: Row, number: int) -> Picture:
     facts = inspect(*dataset.index.read_image(row, number))
     height, width = pixels_CHW.shape[1:]
     caption = f"{width} x {height} pixels, from {facts.width:,} x {facts.height:,} ({facts.format})"
-    return Picture(name, _png_url(pixels_CHW), caption)
+    return Picture(name, png_url(pixels_CHW), caption)
 
 
 def _shortened(index: SampleIndex, sample: int) -> str:
     turns, tokens = (int(index.column(name)[sample]) for name in ("num_turns_dropped", "num_tokens_cut"))
     cuts = [f"{count(turns)} turns dropped"] * bool(turns) + [f"{count(tokens)} tokens cut"] * bool(tokens)
     return " and ".join(cuts) + " to fit max_length" if cuts else ""
-
-
-def _png_url(pixels_CHW: npt.NDArray[np.uint8]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels_CHW.transpose(1, 2, 0)).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

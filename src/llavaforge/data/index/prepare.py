@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Raise the first when a change of this package changes ids or labels, which ends runs that have begun (their identity
 # holds it); the second when it only changes what else the file holds, or how.
-_FORMAT, _LAYOUT = 3, 3
+_FORMAT, _LAYOUT = 3, 4
 _CHUNK = 1_000  # records per parallel task; a single chunk is not worth a process
 _ROWS_PER_BATCH = 1 << 16  # of the file: few batches open quickly, and one fits in memory
 _BYTES_PER_BATCH = 1 << 28  # Arrow's lists count up to 2**31 elements in a batch
@@ -256,7 +256,7 @@ class _Worker:
             raise RecordError("malformed_json", raw.message)
         record = parse_record(raw, self._format, self._columns)
         located = tuple(self._images.locate(image) for image in record.images)
-        return Record(record.id, located, record.turns, record.num_literals)
+        return Record(record.id, located, record.turns, record.num_literals, record.answers)
 
     def _fault(self, error: RecordError, file: int, row: int, id_: str) -> Fault:
         return Fault(error.kind, self._names[file], row, id_, str(error), error.path)

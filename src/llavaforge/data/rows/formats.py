@@ -4,6 +4,7 @@ Comes in: a row's fields. Goes out: images and turns, as they stand there (`data
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ QUESTION_KEYS = (("question", "answer"), ("prompt", "completion"))
 VIDEO_KEYS = ("video", "videos")
 FIELDS = (
     "id", "__key__", "conversations", "messages", "texts", "system",
-    *(key for pair in QUESTION_KEYS for key in pair), *IMAGE_KEYS, *CAPTION_KEYS, *VIDEO_KEYS,
+    *(key for pair in QUESTION_KEYS for key in pair), "answers", *IMAGE_KEYS, *CAPTION_KEYS, *VIDEO_KEYS,
 )  # fmt: skip
 """All fields of a row that are looked at."""
 
@@ -39,6 +40,8 @@ def detect_format(row: Mapping[str, Any]) -> str:
         if row.get(key) is not None:
             return format_
     if any(all(row.get(key) is not None for key in pair) for pair in QUESTION_KEYS):
+        return "question"
+    if row.get("question") is not None and answers_of(row):
         return "question"
     if any(row.get(key) is not None for key in CAPTION_KEYS):
         return "caption"
@@ -147,9 +150,11 @@ def _parse_caption(row: dict[str, Any]) -> _Parsed:
 
 
 def _parse_question(row: dict[str, Any]) -> _Parsed:
-    """Read columns of questions and answers (VQA), or prompts and completions (TRL)."""
+    """Read columns of questions and answers (VQA: the commonest of several), or prompts and completions (TRL)."""
     names = next((pair for pair in QUESTION_KEYS if row.get(pair[0]) is not None), QUESTION_KEYS[0])
     question, answer = (row.get(name) for name in names)
+    if answer is None and (several := answers_of(row)):
+        answer = Counter(several).most_common(1)[0][0]
     if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational form
         images, turns, num_literals = _parse_messages({**row, "messages": [*question, *answer]})
         return images, _images_first(turns, images), num_literals
@@ -194,6 +199,13 @@ FORMATS: dict[str, Callable[[dict[str, Any]], _Parsed]] = {
     "question": _parse_question,
     "texts": _parse_texts,
 }
+
+
+def answers_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what several people answered, if a row says it: `answers`, texts or objects with an `answer` (VQAv2)."""
+    values = row.get("answers")
+    texts = [one.get("answer") if isinstance(one, dict) else one for one in values] if isinstance(values, list) else []
+    return tuple(text for text in texts if isinstance(text, str) and text.strip())
 
 
 def _system_of(row: Mapping[str, Any]) -> list[Turn]:

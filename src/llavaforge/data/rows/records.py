@@ -20,6 +20,7 @@ Captions (an image and a text, as WebDataset and caption collections have them):
 Questions and answers, or prompts and completions; and lists of them (the_cauldron, FineVision):
 
     {"image": "a.jpg", "question": "What is it?", "answer": "a cat"}
+    {"image": "a.jpg", "question": "What is it?", "answers": ["cat", "a cat", "kitten"]}
     {"images": ["a.jpg"], "texts": [{"user": "What is it?", "assistant": "a cat", "source": "VQAv2"}]}
 """
 
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavaforge.data.faults import RecordError
-from llavaforge.data.rows.formats import FORMATS, check_all_read, detect_format
+from llavaforge.data.rows.formats import FORMATS, answers_of, check_all_read, detect_format
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, image_first
 from llavaforge.data.storage.image_ref import ImageRef, short
 
@@ -42,12 +43,14 @@ class Record:
         images: in the order of their placeholders.
         turns: user first, after a system turn if any; a user's only image stands before the words.
         num_literals: `<image>` in texts that stand for themselves and were escaped.
+        answers: what several people answered to the last question, if the row says it (`answers`).
     """
 
     id: str
     images: tuple[ImageRef, ...]
     turns: tuple[Turn, ...]
     num_literals: int = 0
+    answers: tuple[str, ...] = ()
 
 
 def parse_record(row: Any, format_: str = "auto", columns: Mapping[str, str] | None = None) -> Record:
@@ -74,7 +77,7 @@ def parse_record(row: Any, format_: str = "auto", columns: Mapping[str, str] | N
     _check_placeholders(turns, images)
     num_literals += sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role != "user")
     turns = tuple(Turn(turn.role, image_first(turn.text)) if turn.role == "user" else turn for turn in turns)
-    return Record(id=id_of(row), images=tuple(images), turns=turns, num_literals=num_literals)
+    return Record(id_of(row), tuple(images), turns, num_literals, answers_of(row))
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
