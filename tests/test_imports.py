@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"data"},
     {"model"},
     {"engine"},
-    {"checkpoint"},
+    {"checkpoint", "answers"},
     {"training", "inference", "data_check", "data_preview", "join", "sbatch"},
     {"starter", "machine"},
     {"cli"},

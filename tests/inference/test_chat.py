@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llavaforge.answers.generate import Answerer, Question
 from llavaforge.config.schema import ChatConfig, SampleOptions
 from llavaforge.data.rows.turns import Turn
 from llavaforge.device import compute_dtype
 from llavaforge.inference.chat import chat
-from llavaforge.inference.generate import Answerer, Question
 from llavaforge.model.attention import use_packed_attention
 from llavaforge.model.load import load_model
 from llavaforge.model.trainable import cast_parameters

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from llavaforge.answers.generate import Answerer, Question
+from llavaforge.answers.metrics import exact_match
 from llavaforge.config.schema import ChatConfig, EvaluateConfig, SampleOptions
 from llavaforge.data.rows.turns import Turn
 from llavaforge.errors import UserError
 from llavaforge.inference.chat import chat
 from llavaforge.inference.evaluate import evaluate
-from llavaforge.inference.generate import Answerer, Question
-from llavaforge.inference.metrics import exact_match
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.step import StepModule
 from llavaforge.training.run import train

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from llavaforge.answers.choices import Chooser, candidates, options_of
 from llavaforge.config.schema import EvaluateConfig, SampleOptions
 from llavaforge.data.index.open import sample_builder
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.rows.records import Record, parse_record
 from llavaforge.errors import UserError
-from llavaforge.inference.choices import Chooser, candidates, options_of
 from llavaforge.inference.evaluate import evaluate
 from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.step import StepModule

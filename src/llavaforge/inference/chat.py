@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llavaforge.answers.generate import Answerer, Question
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import ChatConfig, SampleOptions
 from llavaforge.data.pixels.decode import ImageError, decode
@@ -17,7 +18,6 @@ from llavaforge.data.pixels.preprocessing import Pixels, Preprocessing
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn, image_first
 from llavaforge.device import compute_dtype, pick_device
 from llavaforge.errors import UserError, naming
-from llavaforge.inference.generate import Answerer, Question
 from llavaforge.model.attention import use_packed_attention
 from llavaforge.model.trainable import cast_parameters
 from llavaforge.report.glyphs import visible

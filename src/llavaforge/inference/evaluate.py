@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from llavaforge.answers.choices import Chooser, options_of, sample_losses
+from llavaforge.answers.generate import Answerer, Question
+from llavaforge.answers.metrics import METRICS, References, chosen, interval, measure
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import DataEntry, EvaluateConfig
 from llavaforge.data.index.index import SampleIndex
@@ -28,10 +31,7 @@ from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
 from llavaforge.device import compute_dtype
 from llavaforge.errors import UserError
 from llavaforge.files import check_own, replace_text, to_json
-from llavaforge.inference.choices import Chooser, options_of, sample_losses
 from llavaforge.inference.evaluation_page import evaluation_page
-from llavaforge.inference.generate import Answerer, Question
-from llavaforge.inference.metrics import METRICS, References, chosen, interval, measure
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import cast_parameters
 from llavaforge.processes.launch import num_processes

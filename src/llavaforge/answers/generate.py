@@ -75,13 +75,29 @@ class Answerer:
             questions: any number of them; one where there is `on_text`.
             on_text: told each piece of the answer's text as soon as it is sure.
         """
+        pixels = [image for question in questions for image in question.pixels]
+        return self.of_prompts([self._ids(question) for question in questions], pixels, on_text)
+
+    def of_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Pixels],
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """Return one answer per prompt.
+
+        Args:
+            prompts: token ids with one `<image>` per image.
+            images: in the order of their placeholders.
+            on_text: as above.
+        """
         tokenizer, device = self._loaded.processor.tokenizer, self._loaded.model.device
-        prompts = [self._ids(question) for question in questions]
+        prompts = [self._expanded(prompt) for prompt in prompts]
         longest = max(map(len, prompts))
         pad = self._settings["pad_token_id"]
-        ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
+        ids_BT = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
         mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        pixels = [torch.from_numpy(image) for question in questions for image in question.pixels]
+        pixels = [torch.from_numpy(image) for image in images]
         with torch.no_grad(), stock_attention(self._loaded.model):
             output = self._loaded.model.generate(
                 input_ids=ids_BT,
@@ -95,9 +111,12 @@ class Answerer:
 
     def _ids(self, question: Question) -> list[int]:
         text = self._builder.chat.prompt(question.turns)
-        image = self._loaded.image_token_id
         ids: list[int] = self._loaded.processor.tokenizer(text, add_special_tokens=False).input_ids
-        repeats = self._loaded.num_image_tokens
+        return ids
+
+    def _expanded(self, ids: Sequence[int]) -> list[int]:
+        """Return token ids with every image token written out."""
+        image, repeats = self._loaded.image_token_id, self._loaded.num_image_tokens
         return [token for one in ids for token in ([one] * repeats if one == image else [one])]
 
     def _images(self, pixels: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from llavaforge.errors import UserError
-from llavaforge.inference.metrics import (
+from llavaforge.answers.metrics import (
     METRICS,
     anls,
     bleu_of_all,
@@ -20,7 +19,8 @@ from llavaforge.inference.metrics import (
     yes_no,
     yes_no_shares,
 )
-from llavaforge.inference.vqa import normalized, vqa_accuracy
+from llavaforge.answers.vqa import normalized, vqa_accuracy
+from llavaforge.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from llavaforge.answers.vqa import vqa_accuracy
 from llavaforge.errors import UserError
-from llavaforge.inference.vqa import vqa_accuracy
 
 _SHORT_ANSWER_WORDS = 3
 _CHOICE = re.compile(r"\W*([A-Za-z])(?=\s*$|[.):,\n])")
