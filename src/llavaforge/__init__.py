@@ -377,6 +377,25 @@ def train(
     on_bad_sample: Literal["stop", "skip"] = "stop",
     max_bad_samples: int = 100,
     eval_steps: int = 0,
+    eval_generate_samples: int = 0,
+    eval_metrics: Sequence[
+        Literal[
+            "auto",
+            "none",
+            "vqa",
+            "exact_match",
+            "yes_no",
+            "multiple_choice",
+            "multiple_choice_likelihood",
+            "anls",
+            "cider",
+            "bleu",
+        ]
+    ] = ("auto",),
+    eval_max_new_tokens: int = 32,
+    metric_for_best_model: str = "eval_loss",
+    load_best_model_at_end: bool = False,
+    early_stopping_patience: int = 0,
     num_train_epochs: float = 1.0,
     max_steps: int = 0,
     learning_rate: float | None = None,
@@ -455,6 +474,14 @@ def train(
             bad_samples.jsonl.
         max_bad_samples: With `skip`: stop when more than so many were left out.
         eval_steps: Held-out loss every so many steps (0: only at the end).
+        eval_generate_samples: With the held-out loss, answer so many held-out samples, the same each time
+            (`eval_answers.jsonl`).
+        eval_metrics: What is measured of these answers, as in `evaluate --metrics`; in metrics.jsonl under `eval_NAME`.
+        eval_max_new_tokens: Longest answer that is generated for it.
+        metric_for_best_model: What says which step is best: `eval_loss` (lowest), or `eval_NAME` of a metric in
+            `eval_metrics` (highest).
+        load_best_model_at_end: Keep a checkpoint of the best evaluation so far, and make it the finished model.
+        early_stopping_patience: End the run after so many evaluations in a row without a better one (0: never).
         num_train_epochs: Passes over the data (ignored when `max_steps` is given). Raise it to go on with a finished
             run.
         max_steps: Number of optimizer steps; 0 derives it from `num_train_epochs`. Raise it to go on with a finished
@@ -503,8 +530,8 @@ def train(
         stages: Each entry is the recipe with some fields overridden (and a `name`); they run in order.
 
     Returns:
-        The keys of `TrainResult`: `output_dir`, `global_step`, `train_loss`, `eval_loss`, `samples_per_s`,
-            `tokens_per_s`, `mfu`, `peak_memory_bytes`, `num_bad_samples`.
+        The keys of `TrainResult`: `output_dir`, `global_step`, `train_loss`, `eval_loss`, `best_metric`, `best_step`,
+            `stopped_early`, `samples_per_s`, `tokens_per_s`, `mfu`, `peak_memory_bytes`, `num_bad_samples`.
 
     Raises:
         UserError: An option, or what it points at, is at fault; the message says how to mend it.

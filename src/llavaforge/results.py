@@ -151,6 +151,12 @@ class TrainResult(TypedDict):
     """Mean loss per supervised token over the run."""
     eval_loss: float | None
     """Newest held-out loss per supervised token; None without held-out data."""
+    best_metric: float | None
+    """Best value of `metric_for_best_model`; None without held-out data."""
+    best_step: int | None
+    """The step where it was measured; with `load_best_model_at_end` the finished model is that step's."""
+    stopped_early: bool
+    """Whether `early_stopping_patience` ended the run before its last step."""
     samples_per_s: float
     """Samples per second, over all processes."""
     tokens_per_s: float

@@ -84,6 +84,7 @@ class Save:
         at_once: bool,
     ) -> None:
         self.step, self.folder, self.write_time_s = step, output_dir / f"{PREFIX}{step}", 0.0
+        self._best_step = train_state.get("best_step")  # as this checkpoint has it: a later one is not published yet
         texts = {TRAIN_STATE: train_state, RUN: run}
         self._texts = {name: to_json(value, indent=1) + "\n" for name, value in texts.items()}
         self._world, self._begin_s = engine.world, time.perf_counter()
@@ -116,7 +117,10 @@ class Save:
         return all(file.done() for file in self._files)
 
     def publish(self, keep: int) -> None:
-        """Wait until it is written, publish it, move the `latest` pointer, and remove the oldest beyond `keep`.
+        """Wait until it is written, publish it, move the `latest` pointer, and remove all but the newest and the best.
+
+        Args:
+            keep: how many of the newest stay.
 
         Raises:
             OSError: the disk is full, say; nothing is published then.
@@ -136,7 +140,7 @@ class Save:
                         (self._temporary / name).write_text(text)
             if world.is_writer:
                 replace_text(self.folder.parent / LATEST, self.folder.name + "\n")
-                _rotate(self.folder.parent, keep)
+                _rotate(self.folder.parent, keep, self._best_step)
         except OSError as error:
             failure = error
         except EndedElsewhere:  # another process's fault: it is raised again below, on all of them
@@ -208,8 +212,10 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"exp_avg_sq/{name}", state.exp_avg_sq
 
 
-def _rotate(output_dir: Path, keep: int) -> None:
+def _rotate(output_dir: Path, keep: int, best_step: int | None) -> None:
     for step in steps_of(output_dir)[:-keep]:
+        if step == best_step:
+            continue
         folder = output_dir / f"{PREFIX}{step}"
         try:
             if strangers := not_published(folder):

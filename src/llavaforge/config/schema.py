@@ -294,6 +294,12 @@ class DataPreviewConfig(DataOptions):
     """Number of samples to show, the first ones of the run."""
 
 
+MetricName = Literal[
+    "auto", "none", "vqa", "exact_match", "yes_no", "multiple_choice", "multiple_choice_likelihood", "anls", "cider",
+    "bleu",
+]  # fmt: skip
+
+
 class TrainConfig(DataOptions):
     """Train a LLaVA: one stage, or several under `stages`."""
 
@@ -310,6 +316,18 @@ class TrainConfig(DataOptions):
     """With `skip`: stop when more than so many were left out."""
     eval_steps: Changeable[NonNegativeInt] = 0
     """Held-out loss every so many steps (0: only at the end)."""
+    eval_generate_samples: Changeable[NonNegativeInt] = 0
+    """With the held-out loss, answer so many held-out samples, the same each time (`eval_answers.jsonl`)."""
+    eval_metrics: Changeable[list[MetricName]] = ["auto"]
+    """What is measured of these answers, as in `evaluate --metrics`; in metrics.jsonl under `eval_NAME`."""
+    eval_max_new_tokens: Changeable[PositiveInt] = 32
+    """Longest answer that is generated for it."""
+    metric_for_best_model: Changeable[str] = "eval_loss"
+    """What says which step is best: `eval_loss` (lowest), or `eval_NAME` of a metric in `eval_metrics` (highest)."""
+    load_best_model_at_end: Changeable[bool] = False
+    """Keep a checkpoint of the best evaluation so far, and make it the finished model."""
+    early_stopping_patience: Changeable[NonNegativeInt] = 0
+    """End the run after so many evaluations in a row without a better one (0: never)."""
 
     num_train_epochs: Changeable[Annotated[float, Field(gt=0)]] = 1.0
     """Passes over the data (ignored when `max_steps` is given). Raise it to go on with a finished run."""
@@ -402,8 +420,24 @@ class TrainConfig(DataOptions):
                 f"cache_vision_features: the vision tower learns under train_type {self.train_type}, so what it makes "
                 "of an image changes with every step. Give cache_vision_features off, or another train_type"
             )
-        if self.eval_steps and not (self.eval_data_path or self.eval_data or self.validation_split):
-            raise ValueError("eval_steps needs held-out data: give eval_data_path, eval_data or validation_split")
+        evaluates = [
+            name
+            for name in ("eval_steps", "eval_generate_samples", "load_best_model_at_end", "early_stopping_patience")
+            if getattr(self, name)
+        ]
+        if evaluates and not (self.eval_data_path or self.eval_data or self.validation_split):
+            raise ValueError(f"{evaluates[0]} needs held-out data: give eval_data_path, eval_data or validation_split")
+        if evaluates and evaluates[-1] in ("load_best_model_at_end", "early_stopping_patience") and not self.eval_steps:
+            raise ValueError(f"{evaluates[-1]} needs more than one evaluation: give eval_steps")
+        if "multiple_choice_likelihood" in self.eval_metrics or "vqa" in self.eval_metrics:
+            raise ValueError("eval_metrics: vqa and multiple_choice_likelihood are measured by `evaluate` alone")
+        best = self.metric_for_best_model.removeprefix("eval_")
+        measured: tuple[str, ...] = tuple(self.eval_metrics) if self.eval_generate_samples else ()
+        if best != "loss" and not best.startswith(measured):
+            raise ValueError(
+                f"metric_for_best_model: `{self.metric_for_best_model}` is not measured. Give eval_loss, or a metric "
+                f"that is in eval_metrics ({', '.join(self.eval_metrics)}), with eval_generate_samples"
+            )
         if self.deepspeed is not None and self.deepspeed not in shipped_deepspeed():
             if not Path(self.deepspeed).is_file():
                 names = ", ".join(shipped_deepspeed())
@@ -413,12 +447,6 @@ class TrainConfig(DataOptions):
         if self.prompt_style == "plain" and self.system_prompt:
             raise ValueError("system_prompt has no place in prompt_style plain: drop it, or use prompt_style chat")
         return self
-
-
-MetricName = Literal[
-    "auto", "none", "vqa", "exact_match", "yes_no", "multiple_choice", "multiple_choice_likelihood", "anls", "cider",
-    "bleu",
-]  # fmt: skip
 
 
 class EvaluateConfig(SampleOptions):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llavaforge.checkpoint.state import load_run, steps_of, without_private_paths
+from llavaforge.checkpoint.state import PREFIX, ParameterStates, load_run, steps_of, without_private_paths
 from llavaforge.checkpoint.trained import merge, read_trained
 from llavaforge.config.recipe import FINAL, result_of
 from llavaforge.config.schema import TrainConfig
@@ -25,6 +25,7 @@ from llavaforge.model_folder.tensors import write_shards
 from llavaforge.model_folder.write import update_model_folder
 from llavaforge.results import TrainResult
 from llavaforge.training.opening import OpenedStage
+from llavaforge.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,27 @@ def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: Train
                 (temporary / RUN).write_text(to_json(run, indent=1) + "\n")
         logger.info("finished model: %s", folder)
     engine.world.barrier()
+
+
+def restore_best(opened: OpenedStage, engine: Engine, state: TrainState) -> None:
+    """Give the engine the weights of the best evaluation's checkpoint; all processes call this.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if state.best_step in (None, state.step):
+        return
+    folder, world = opened.config.output_dir / f"{PREFIX}{state.best_step}", engine.world
+    if not world.broadcast_object(folder.is_dir()):
+        told = "%s, the best by %s, is gone: the finished model is that of the last step"
+        logger.warning(told, folder, opened.config.metric_for_best_model)
+        return
+    world.at(f"loading {folder.name}")
+    weights = world.run_on_all(lambda: ParameterStates(folder))
+    engine.restore(weights, state.step - state.num_skipped)
+    logger.info(
+        "the finished model is that of step %d, the best by %s", state.best_step, opened.config.metric_for_best_model
+    )
 
 
 def _portable(name_or_path: str) -> str:
@@ -89,12 +111,13 @@ def leave_result(stage: TrainConfig, output_dir: Path, stages: Sequence[TrainCon
     pointer.symlink_to(Path(stage.output_dir.name) / FINAL, target_is_directory=True)
 
 
-def finished_result(final: Path, num_steps: int) -> TrainResult | None:
+def finished_result(final: Path, num_steps: int, stops_early: bool) -> TrainResult | None:
     """Return the result of a run that has taken all its steps; a damaged `final` is moved aside, to be written again.
 
     Args:
         final: `output_dir/final`.
         num_steps: that the run is to take.
+        stops_early: whether it may end before.
 
     Returns:
         None when steps are left to take, or only `final` is to be written.
@@ -108,9 +131,9 @@ def finished_result(final: Path, num_steps: int) -> TrainResult | None:
     if final.is_symlink() or not final.is_dir() or not any((final / name).is_file() for name in (RUN, MANIFEST)):
         raise UserError(f"{final}: is in the way of the finished model. Move it, or give another output_dir.")
     found = differences(final)
-    num_done = 0 if found else int(load_run(final)["result"]["global_step"])
-    if num_done == num_steps:
-        result: TrainResult = load_run(final)["result"]
+    result: TrainResult | None = None if found else load_run(final)["result"]
+    num_done = 0 if result is None else int(result["global_step"])
+    if result is not None and (num_done == num_steps or (stops_early and result.get("stopped_early"))):
         return {**result, "output_dir": str(final.parent)}
     if num_done > num_steps:
         raise UserError(

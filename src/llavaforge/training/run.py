@@ -20,12 +20,13 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.data.order.plan import check_world
 from llavaforge.engine.open import open_engine
 from llavaforge.engine.zero_config import settings_of_run
+from llavaforge.errors import UserError
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
 from llavaforge.results import TrainResult
 from llavaforge.training.contract import show_contract
 from llavaforge.training.features import keeping_features
-from llavaforge.training.finish import check_pointer, finished_result, leave_result, write_final
+from llavaforge.training.finish import check_pointer, finished_result, leave_result, restore_best, write_final
 from llavaforge.training.opening import open_stage
 from llavaforge.training.signals import StopRequest
 from llavaforge.training.trainer import Trainer, prepare_or_resume
@@ -86,7 +87,8 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainRes
     opened = open_stage(config, world, console)
     with claimed(config.output_dir, opened.run, config.allow_changes, world):
         final, num_steps = config.output_dir / FINAL, opened.plan.num_steps
-        result = world.run_on_all(lambda: finished_result(final, num_steps) if world.is_writer else None)
+        stops_early = bool(config.early_stopping_patience)
+        result = world.run_on_all(lambda: finished_result(final, num_steps, stops_early) if world.is_writer else None)
         if (finished := world.broadcast_object(result)) is not None:
             logger.info("%s is finished already: skipped", config.output_dir)
             return {**finished, "output_dir": str(config.output_dir)}
@@ -96,6 +98,8 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainRes
             state = prepare_or_resume(opened, engine, clock)
             with stop.postponed():
                 result = Trainer(opened, engine, state, clock).train(stop)
+                if config.load_best_model_at_end:
+                    restore_best(opened, engine, state)
                 world.at("writing the finished model")
                 write_final(final, opened, engine, result)
     return result
@@ -105,4 +109,10 @@ def _deepspeed_settings(config: TrainConfig, world: World) -> dict[str, Any] | N
     batch = batch_size_of_begun(config) or config.global_batch_size
     if batch is not None:
         check_world(batch, None, world.size)
-    return settings_of_run(config, batch, world.size)
+    settings = settings_of_run(config, batch, world.size)
+    if config.eval_generate_samples and settings is not None and settings["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            "eval_generate_samples: under ZeRO-3 no process has the whole model, so none answers while training. Use "
+            "zero2, or leave it out and `evaluate` the checkpoints."
+        )
+    return settings

@@ -1,5 +1,6 @@
 """Where a run stands: the small, exact part of a checkpoint (tensors are in `checkpoint/state.py`)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ class TrainState:
         train_time_s: seconds spent in steps.
         model_flops: model FLOPs done in them.
         eval_loss: newest held-out loss, or None.
+        best_metric: best value of `metric_for_best_model` so far, or None.
+        best_step: the step where it was measured.
+        num_worse: evaluations since then.
         bad_samples: what messages call the records that steps left out (`on_bad_sample: skip`).
     """
 
@@ -42,6 +46,9 @@ class TrainState:
     train_time_s: NonNegativeFloat = 0.0
     model_flops: NonNegativeFloat = 0.0
     eval_loss: float | None = None
+    best_metric: float | None = None
+    best_step: int | None = None
+    num_worse: NonNegativeInt = 0
     bad_samples: list[str] = field(default_factory=list)
 
     @classmethod
@@ -56,6 +63,16 @@ class TrainState:
             if folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{state.step}":
                 raise ValueError(f"it is of step {state.step}")
             return state
+
+    def add_evaluation(self, value: float, lowest_is_best: bool) -> bool:
+        """Note an evaluation of this step; say whether it is the best so far (what is no number never is)."""
+        sign = -1 if lowest_is_best else 1
+        is_best = not math.isnan(value) and (self.best_metric is None or sign * value > sign * self.best_metric)
+        if is_best:
+            self.best_metric, self.best_step, self.num_worse = value, self.step, 0
+        else:
+            self.num_worse += 1
+        return is_best
 
     @property
     def train_loss(self) -> float:

@@ -32,6 +32,7 @@ from llavaforge.training.metrics import MetricsFile
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.profile import Profiler
 from llavaforge.training.rehearsal import rehearse
+from llavaforge.training.sample_answers import SampleAnswers
 from llavaforge.training.saving import Saver
 from llavaforge.training.schedule import rate_factor, warmup
 from llavaforge.training.signals import StopRequest
@@ -144,6 +145,10 @@ class Trainer:
         self._contract = Contract(opened.loaded.model, opened.groups, engine, state.num_moving_steps)
         self._step = OptimizerStep(opened, engine, state, clock)
         self._clock, self._shown = clock, Usage()
+        held_out, num_asked = opened.data.held_out, opened.config.eval_generate_samples
+        self._sample_answers = None
+        if held_out is not None and num_asked:
+            self._sample_answers = SampleAnswers(opened, held_out, engine.world, state.step)
         self._rehearses = engine.world.device.type != "cpu"  # whose memory ends in swapping, not in an error
 
     def train(self, stop: StopRequest) -> TrainResult:
@@ -166,7 +171,7 @@ class Trainer:
             self._profiled() as profiled,
         ):
             self._clock.read()  # what came before the first step is none of its parts
-            while state.step < plan.num_steps:
+            while state.step < plan.num_steps and not self._ends_early():
                 begin_s = time.perf_counter()
                 world.at_step(state.step + 1, "reading images")
                 self._clock.begin(DATA)
@@ -180,10 +185,11 @@ class Trainer:
                         self._saver.finish()  # after the step, whose time it is no part of
                 self._guards.look_at(result, line)
                 self._contract.prove_when_due(state)
+                is_best = False
                 if self._is_due(config.eval_steps) or self._is_last():
                     with self._clock.during(EVALUATION):
-                        self._evaluate(line)
-                if self._is_due(config.save_steps):
+                        is_best = self._evaluate(line)
+                if self._is_due(config.save_steps) or (is_best and config.load_best_model_at_end):
                     with self._clock.during(SAVING):
                         self._saver.save()
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
@@ -193,6 +199,10 @@ class Trainer:
                     if file is not None:
                         file.write(**line)
                 profiled()
+        if self._ends_early() and world.is_writer:
+            told = "stopped early at step %d of %d: the best %s, %.4f, was at step %s"
+            best = state.best_metric, state.best_step
+            logger.info(told, state.step, plan.num_steps, config.metric_for_best_model, *best)
         self._step.usage.add(self._clock.read())
         logger.info("time: %s", self._step.usage)
         self._guards.check_learnt()
@@ -215,12 +225,25 @@ class Trainer:
                 raise
             self._guards.out_of_memory(error, weights_are_whole=not self._step.is_updating)
 
-    def _evaluate(self, line: dict[str, Any]) -> None:
-        """Put the held-out loss, if there is held-out data, into a line of metrics."""
-        if (held_out := self._opened.data.held_out) is not None:
-            loss, faults = held_out_loss(self._opened, held_out, self._engine, self._state.step)
-            self._guards.list_bad(self._state.step, faults, held_out=True)
-            line["eval_loss"] = self._state.eval_loss = loss
+    def _evaluate(self, line: dict[str, Any]) -> bool:
+        """Put the held-out loss and metrics, if there is held-out data, into a line; say whether they are the best."""
+        if (held_out := self._opened.data.held_out) is None:
+            return False
+        state = self._state
+        loss, faults = held_out_loss(self._opened, held_out, self._engine, state.step)
+        self._guards.list_bad(state.step, faults, held_out=True)
+        line["eval_loss"] = state.eval_loss = loss
+        if self._sample_answers is not None:
+            line |= self._sample_answers(state.step)
+        name = f"eval_{self._opened.config.metric_for_best_model.removeprefix('eval_')}"
+        if name not in line:
+            found = ", ".join(key for key in line if key.startswith("eval_"))
+            self._world.fail(UserError(f"metric_for_best_model: `{name}` was not measured. Found: {found}."))
+        return state.add_evaluation(line[name], lowest_is_best=name == "eval_loss")
+
+    def _ends_early(self) -> bool:
+        patience = self._opened.config.early_stopping_patience
+        return bool(patience) and self._state.num_worse >= patience
 
     @contextmanager
     def _profiled(self) -> Iterator[Callable[[], None]]:
@@ -248,7 +271,7 @@ class Trainer:
         bar.update(line["step"] / num_steps, status)
 
     def _is_due(self, every: int) -> bool:
-        return bool(every) and (self._state.step % every == 0 or self._is_last())
+        return bool(every) and (self._state.step % every == 0 or self._is_last() or self._ends_early())
 
     def _is_last(self) -> bool:
         return self._state.step == self._opened.plan.num_steps
@@ -260,6 +283,9 @@ class Trainer:
             "global_step": state.step,
             "train_loss": state.train_loss,
             "eval_loss": state.eval_loss,
+            "best_metric": state.best_metric,
+            "best_step": state.best_step,
+            "stopped_early": self._ends_early() and not self._is_last(),
             "samples_per_s": state.num_samples / seconds,
             "tokens_per_s": state.num_tokens / seconds,
             "mfu": min(1.0, state.model_flops / seconds / self._step.peak_flops),  # may have begun on a faster device
