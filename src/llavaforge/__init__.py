@@ -423,7 +423,7 @@ def train(
     save_total_limit: int = 2,
     on_save_error: Literal["stop", "continue"] = "stop",
     logging_steps: int = 1,
-    report_to: Literal["none", "tensorboard"] = "none",
+    report_to: Sequence[Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]] = ("none",),
     profile: bool = False,
     resume_from_checkpoint: Literal["auto"] | str | Path = "auto",
     allow_changes: Sequence[str] = (),
@@ -522,7 +522,7 @@ def train(
         save_total_limit: Newest checkpoints kept.
         on_save_error: When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it.
         logging_steps: A line of metrics.jsonl every so many steps.
-        report_to: Where metrics go besides metrics.jsonl.
+        report_to: Where metrics go besides metrics.jsonl and report.html; several names, or one.
         profile: Record steps 3 to 5: a trace for Perfetto and a table of operations go to `output_dir/profile`.
         resume_from_checkpoint: `auto` goes on from the newest valid checkpoint of `output_dir`; a path names one.
         allow_changes: Names of what identifies a run and may differ from before when it goes on, such as seed, data,

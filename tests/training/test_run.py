@@ -73,8 +73,8 @@ def test_metrics_curve_and_result_are_left(tiny_llava: Path, shapes: Path, tmp_p
     assert result["eval_loss"] == lines[-1]["eval_loss"] < lines[9]["eval_loss"]
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5_000
     assert set(result) == {
-        "output_dir", "global_step", "train_loss", "eval_loss", "samples_per_s", "tokens_per_s", "mfu",
-        "peak_memory_bytes", "num_bad_samples",
+        "output_dir", "global_step", "train_loss", "eval_loss", "best_metric", "best_step", "stopped_early",
+        "samples_per_s", "tokens_per_s", "mfu", "peak_memory_bytes", "num_bad_samples",
     }  # fmt: skip
     assert 0 < result["mfu"] < 1.5 and result["tokens_per_s"] > 0
     total = sum(line["loss"] * line["num_supervised"] for line in lines)

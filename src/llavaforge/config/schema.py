@@ -294,6 +294,7 @@ class DataPreviewConfig(DataOptions):
     """Number of samples to show, the first ones of the run."""
 
 
+TrackerName = Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
 MetricName = Literal[
     "auto", "none", "vqa", "exact_match", "yes_no", "multiple_choice", "multiple_choice_likelihood", "anls", "cider",
     "bleu",
@@ -391,8 +392,8 @@ class TrainConfig(DataOptions):
     """When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it."""
     logging_steps: Changeable[PositiveInt] = 1
     """A line of metrics.jsonl every so many steps."""
-    report_to: Changeable[Literal["none", "tensorboard"]] = "none"
-    """Where metrics go besides metrics.jsonl."""
+    report_to: Changeable[list[TrackerName]] = ["none"]
+    """Where metrics go besides metrics.jsonl and report.html; several names, or one."""
     profile: Changeable[bool] = False
     """Record steps 3 to 5: a trace for Perfetto and a table of operations go to `output_dir/profile`."""
     resume_from_checkpoint: Changeable[Literal["auto"] | Path] = "auto"
@@ -407,6 +408,11 @@ class TrainConfig(DataOptions):
     def recompute_every(self) -> int:
         """`gradient_checkpointing` as a number: every how many layers one is recomputed; 0 for none, or not decided."""
         return 0 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _is_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("cache_vision_features", mode="before")
     @classmethod

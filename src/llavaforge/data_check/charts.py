@@ -3,8 +3,6 @@
 Comes in: whole numbers. Goes out: `Markup` for a page's template.
 """
 
-import io
-import re
 from typing import Any
 
 import numpy as np
@@ -12,12 +10,13 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from llavaforge.report.page import count
+from llavaforge.report.svg import TEXT, svg_style, to_svg
 
 _NUM_BINS = 40
 _LONG_TAIL = 20  # times the median: a linear axis would leave nearly all bars in its first pixels
 _FAR = 3  # times the largest value: a mark beyond is named at the edge instead of stretching the axis
-_BAR, _MARK, _TEXT = "#000001", "#000002", "#000000"
-_COLOURS = {_BAR: "var(--bar)", _MARK: "var(--bad-ink)", _TEXT: "var(--faint)"}  # what is drawn and what it becomes
+_BAR, _MARK = "#000001", "#000002"
+_COLOURS = {_BAR: "var(--bar)", _MARK: "var(--bad-ink)", TEXT: "var(--faint)"}  # what is drawn and what it becomes
 _FIGURE = Markup('<figure class="chart"><figcaption>{}</figcaption>{}<p class="faint">{}</p></figure>')
 
 
@@ -35,7 +34,6 @@ def histogram(values: npt.NDArray[np.integer[Any]], title: str, unit: str, max_l
     """
     if not values.size:
         return _FIGURE.format(title, "", "No values.")
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -45,7 +43,7 @@ def histogram(values: npt.NDArray[np.integer[Any]], title: str, unit: str, max_l
     if is_log := low > 0 and high > _LONG_TAIL * median:
         edges = np.unique(np.geomspace(low, high + 1, _NUM_BINS + 1).round().astype(int))
     counts = np.histogram(values, edges)[0]
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "-", "font.sans-serif": ["DejaVu Sans"], "font.size": 8}):
+    with svg_style():
         figure = Figure(figsize=(7.2, 2.2), layout="constrained")
         axes = figure.add_subplot()
         bars = axes.bar(edges[:-1] - 0.5, counts, np.diff(edges), align="edge", color=_BAR, edgecolor=_BAR)
@@ -66,11 +64,6 @@ def histogram(values: npt.NDArray[np.integer[Any]], title: str, unit: str, max_l
                 axes.axvline(max_length, color=_MARK, linestyle="--", linewidth=1)
             place = high + 0.5 if is_far else max_length
             axes.text(place, 1, name, transform=axes.get_xaxis_transform(), color=_MARK, ha="right", va="bottom")
-        file = io.StringIO()
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    svg = re.sub(r'^.*?(?=<svg)| xmlns(:\w+)?="[^"]*"', "", file.getvalue(), flags=re.DOTALL)  # HTML needs neither
-    svg = re.sub(r'<g id="([^"]*: [^"]*)">', r"<g><title>\1</title>", svg)
-    svg = re.sub("|".join(_COLOURS), lambda found: _COLOURS[found[0]], svg)
+        svg = to_svg(figure, _COLOURS)
     summary = f"smallest {count(low)}, median {count(median)}, largest {count(high)} {unit}"
-    return _FIGURE.format(title, Markup(svg), f"{count(values.size)} values; {summary}")
+    return _FIGURE.format(title, svg, f"{count(values.size)} values; {summary}")

@@ -21,6 +21,7 @@ from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
 from llavaforge.data.text.template import ChatTemplate
 from llavaforge.files import append_line, read_json_lines, replace_text, to_json
 from llavaforge.processes.world import World
+from llavaforge.report.pictures import thumbnail_url
 from llavaforge.training.opening import HeldOut, OpenedStage
 
 ANSWERS = "eval_answers.jsonl"
@@ -83,6 +84,10 @@ class SampleAnswers:
                 line |= {"reference": asked.reference, "answer": texts[place]}
                 append_line(self._file, line | {name: values[place] for name, values in scores.of_samples.items()})
         return {f"eval_{name}": value for name, value in scores.of_all.items()}
+
+    def thumbnails(self) -> dict[int, list[str]]:
+        """Return small pictures of the samples' images as data URLs, by the samples' numbers."""
+        return {one.number: [thumbnail_url(image) for image in self._pixels(one) or ()] for one in self._asked}
 
     def _answers(self, step: int) -> dict[int, str]:
         """Return this process's answers, by place among the samples."""

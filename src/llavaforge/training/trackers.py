@@ -1,33 +1,65 @@
-"""Where metrics go besides metrics.jsonl. `report_to` chooses by name."""
+"""Where metrics go besides metrics.jsonl: to other people's trackers, each by its own client.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+Comes in: lines of metrics. Goes out: what the client makes of them; its own environment variables say where
+(`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, ...). `report_to` chooses by name.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reason
+
+logger = logging.getLogger(__name__)
 
 Tracker = Callable[[dict[str, Any]], None]
+_PROJECT = "llavaforge"
 
 
 @contextmanager
-def open_tracker(name: str, output_dir: Path) -> Iterator[Tracker]:
+def open_trackers(names: Sequence[str], output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
     """Give a function that takes one line of metrics.
 
+    A tracker that fails later is dropped with a warning: it ends no run.
+
     Args:
-        name: `none` or `tensorboard`.
-        output_dir: TensorBoard's files go to `output_dir/tensorboard`.
+        names: of `TRACKERS`.
+        output_dir: of the run; its name is the run's.
+        recipe: that the trackers show.
 
     Raises:
-        UserError: the library is not installed.
+        UserError: a client is not installed, or does not start.
     """
-    if name == "none":
-        yield lambda line: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("report_to tensorboard needs TensorBoard: pip install 'llavaforge[tracking]'.") from None
+    with ExitStack() as opened:
+        trackers: dict[str, Tracker] = {}
+        for name in names:
+            try:
+                trackers[name] = opened.enter_context(TRACKERS[name](output_dir, recipe))
+            except ImportError as error:
+                told = f"report_to {name} needs {error.name or name}: pip install 'llavaforge[{EXTRAS[name]}]'."
+                raise UserError(told) from None
+            except Exception as error:  # any client's own
+                raise UserError(f"report_to {name}: its client does not start ({reason(error)}).") from error
+
+        def track(line: dict[str, Any]) -> None:
+            numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+            for name in list(trackers):
+                try:
+                    trackers[name](numbers)
+                except Exception as error:
+                    del trackers[name]
+                    logger.warning("report_to %s: no more metrics are sent (%s)", name, reason(error))
+
+        yield track
+
+
+@contextmanager
+def _tensorboard(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(output_dir / "tensorboard"))
 
     def track(line: dict[str, Any]) -> None:
@@ -39,3 +71,44 @@ def open_tracker(name: str, output_dir: Path) -> Iterator[Tracker]:
         yield track
     finally:
         writer.close()
+
+
+@contextmanager
+def _wandb(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", _PROJECT)
+    options: dict[str, Any] = {"name": output_dir.name, "dir": str(output_dir), "config": dict(recipe)}
+    # Every start of a run is one of its group: a run that was deleted over there could not be gone on with.
+    with wandb.init(project=project, group=output_dir.name, **options) as run:
+        yield lambda line: run.log(line, step=line["step"])
+
+
+@contextmanager
+def _trackio(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+    import trackio
+
+    trackio.init(project=os.environ.get("TRACKIO_PROJECT", _PROJECT), name=output_dir.name, config=dict(recipe))
+    try:
+        yield trackio.log
+    finally:
+        trackio.finish()
+
+
+@contextmanager
+def _mlflow(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+    import mlflow
+
+    with mlflow.start_run(run_name=output_dir.name):
+        mlflow.log_dict(dict(recipe), "recipe.json")
+        yield lambda line: mlflow.log_metrics(line, step=line["step"])
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], AbstractContextManager[Tracker]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+    "mlflow": _mlflow,
+}
+EXTRAS = {"tensorboard": "tracking", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+"""The extras of pyproject.toml that bring the clients."""

@@ -18,7 +18,7 @@ from llavaforge.clock import COMMUNICATION, DATA, EVALUATION, OTHER, SAVING, Clo
 from llavaforge.data.load.pack import Pack
 from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions, Engine, StepResult
-from llavaforge.errors import UserError, is_out_of_memory
+from llavaforge.errors import StoppedEarly, UserError, is_out_of_memory
 from llavaforge.model.compile import compile_layers, compiles
 from llavaforge.model.liger import has_liger, use_liger
 from llavaforge.model.step import StepModule
@@ -32,13 +32,14 @@ from llavaforge.training.metrics import MetricsFile
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.profile import Profiler
 from llavaforge.training.rehearsal import rehearse
+from llavaforge.training.report import Reporter
 from llavaforge.training.sample_answers import SampleAnswers
 from llavaforge.training.saving import Saver
 from llavaforge.training.schedule import rate_factor, warmup
 from llavaforge.training.signals import StopRequest
 from llavaforge.training.state import TrainState
 from llavaforge.training.step import OptimizerStep
-from llavaforge.training.trackers import open_tracker
+from llavaforge.training.trackers import open_trackers
 from llavaforge.training.usage import Usage, memory_by_part
 
 logger = logging.getLogger(__name__)
@@ -162,12 +163,14 @@ class Trainer:
         """
         config, state, world, plan = self._opened.config, self._state, self._world, self._opened.plan
         file = MetricsFile(config.output_dir, state.step) if world.is_writer else None
+        trackers = [name for name in config.report_to if name != "none"] if world.is_writer else []
         order, pin_memory = plan.iterate(world.rank, state.step), world.device.type == "cuda"
         with (
             self._opened.packs(self._opened.data.index, order, pin_memory) as packs,
             Bar("training", not world.is_writer, state.step / max(1, plan.num_steps), log_ends=True) as bar,
-            open_tracker(config.report_to if world.is_writer else "none", config.output_dir) as tracker,
+            open_trackers(trackers, config.output_dir, self._opened.run["config"]) as tracker,
             self._saver,
+            self._reported() as reported,
             self._profiled() as profiled,
         ):
             self._clock.read()  # what came before the first step is none of its parts
@@ -198,6 +201,7 @@ class Trainer:
                     tracker(line)
                     if file is not None:
                         file.write(**line)
+                    reported()
                 profiled()
         if self._ends_early() and world.is_writer:
             told = "stopped early at step %d of %d: the best %s, %.4f, was at step %s"
@@ -244,6 +248,21 @@ class Trainer:
     def _ends_early(self) -> bool:
         patience = self._opened.config.early_stopping_patience
         return bool(patience) and self._state.num_worse >= patience
+
+    @contextmanager
+    def _reported(self) -> Iterator[Callable[[], None]]:
+        """Give a function to call after every line of metrics; at the end of the block the run's page is written."""
+        if not self._world.is_writer:
+            yield lambda: None
+            return
+        asked = self._sample_answers
+        reporter = Reporter(self._opened, asked.thumbnails() if asked is not None else {})
+        try:
+            yield reporter.write_when_due
+        except (StoppedEarly, UserError) as stop:
+            reporter.write(f"has ended before its last step: {stop}")
+            raise
+        reporter.write("is finished" if self._is_last() else "was stopped early")
 
     @contextmanager
     def _profiled(self) -> Iterator[Callable[[], None]]:

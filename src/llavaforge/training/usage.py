@@ -16,7 +16,7 @@ from llavaforge.model.loss import CHUNK
 from llavaforge.model.memory import logits_bytes
 from llavaforge.training.opening import OpenedStage
 
-_NAMES = {TOWER: "vision tower", LANGUAGE_MODEL: "language model", DATA: "waiting for images"}
+NAMES = {TOWER: "vision tower", LANGUAGE_MODEL: "language model", DATA: "waiting for images"}
 _LEAST_SHOWN = 0.005
 _SHOWN_FROM = 0.1  # share of the time that waiting for images must take to be shown with every line
 
@@ -51,7 +51,7 @@ class Usage:
         return Usage(Counter(self.seconds), Counter(self.flops), self.recomputed)
 
     def metrics(self, peak_flops: float) -> dict[str, float]:
-        """Return `time_share_*` of every part; `mfu_*` of tower and language model in the time that each took.
+        """Return `time_s`; `time_share_*` of every part; `mfu_*` of tower and language model, each in its own time.
 
         `mfu_language_model` leaves out what is recomputed; `hfu` is of the whole time and counts it (hardware FLOPs
         utilization; Chowdhery et al. 2022, appendix B).
@@ -62,7 +62,7 @@ class Usage:
         total = sum(self.seconds.values())
         if not total:
             return {}
-        line = {f"time_share_{part}": round(self.seconds[part] / total, 4) for part in PARTS}
+        line = {"time_s": total} | {f"time_share_{part}": round(self.seconds[part] / total, 4) for part in PARTS}
         for part, flops in self.flops.items():
             if flops and self.seconds[part]:
                 line[f"mfu_{part}"] = flops / self.seconds[part] / peak_flops
@@ -78,7 +78,7 @@ class Usage:
     def __str__(self) -> str:
         total = max(1e-9, sum(self.seconds.values()))
         parts = sorted(PARTS, key=lambda part: (part == OTHER, -self.seconds[part]))
-        shares = {_NAMES.get(part, part): self.seconds[part] / total for part in parts}
+        shares = {NAMES.get(part, part): self.seconds[part] / total for part in parts}
         return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= _LEAST_SHOWN)
 
 
