@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak test-clients
+.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak test-clients docs
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -31,6 +31,11 @@ test-lowest: .venv-lowest/installed
 # Real programs on what llavaforge leaves, each in an environment of its own (downloads; minutes).
 test-clients: .venv/installed
 	$(BIN)/python -m tests.clients
+
+# The documentation as a site, in site/.
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 check: .venv/installed
 	$(BIN)/ruff check
