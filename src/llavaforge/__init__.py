@@ -544,7 +544,6 @@ def train(
 def evaluate(
     *,
     model_name_or_path: str | Path,
-    data_path: str | Path,
     prompt_style: Literal["chat", "plain"] = "chat",
     system_prompt: str | None = None,
     max_length: int = 2048,
@@ -553,6 +552,10 @@ def evaluate(
     image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
     base_model: str | Path | None = None,
+    data_path: str | Path | None = None,
+    lmms: Sequence[str] = (),
+    lmms_python: str | Path | None = None,
+    lmms_include_path: str | Path | None = None,
     output_dir: str | Path | None = None,
     max_samples: int | None = None,
     max_new_tokens: int = 32,
@@ -579,7 +582,6 @@ def evaluate(
 
     Args:
         model_name_or_path: A model folder, a run's `final`, or a checkpoint-N.
-        data_path: Same layouts as in `train`.
         prompt_style: `chat`: the model's chat template. `plain`: image and caption without the instruction (LLaVA's
             stage 1).
         system_prompt: System message put before each conversation (chat style only).
@@ -590,7 +592,11 @@ def evaluate(
         image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
         base_model: Folder of the model that the run started from, when it is no longer where it was.
-        output_dir: Where `samples.jsonl`, `summary.json` and `report.html` go.
+        data_path: Same layouts as in `train`.
+        lmms: Tasks of lmms-eval, which runs them on its own, beside `data_path` or alone: `pope`, `gqa`, ...
+        lmms_python: The Python that has lmms-eval, when it is in an environment of its own.
+        lmms_include_path: A folder with your own tasks of lmms-eval.
+        output_dir: Where `samples.jsonl`, `summary.json`, `report.html` and what lmms-eval leaves go.
         max_samples: Use only the first so many records.
         max_new_tokens: Longest answer that is generated.
         per_device_eval_batch_size: Samples per batch.
@@ -603,7 +609,7 @@ def evaluate(
         dataloader_num_workers: Processes that decode images.
 
     Returns:
-        The keys of `EvaluateResult`: `num_samples`, `loss`, `perplexity`, `exact_match`, `intervals`,
+        The keys of `EvaluateResult`: `num_samples`, `loss`, `perplexity`, `exact_match`, `lmms`, `intervals`,
             `model_name_or_path`, `data_path`, `blank_image`.
 
     Raises:

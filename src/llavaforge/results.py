@@ -174,17 +174,19 @@ class EvaluateResult(TypedDict):
 
     num_samples: int
     """Samples measured."""
-    loss: float
-    """Mean loss per supervised token."""
-    perplexity: float
+    loss: float | None
+    """Mean loss per supervised token; None with `lmms` alone."""
+    perplexity: float | None
     """e to the loss."""
     exact_match: float | None
     """Share of the answers that are the reference's; None where it was not measured."""
+    lmms: dict[str, dict[str, float]]
+    """lmms-eval's numbers, by task."""
     intervals: dict[str, list[float]]
     """95 % interval of the loss and of each metric (bootstrap over samples)."""
     model_name_or_path: str
     """The model measured."""
-    data_path: str
+    data_path: str | None
     """The data it was measured on."""
     blank_image: bool
     """Whether the images were replaced by grey ones."""

@@ -462,10 +462,16 @@ class EvaluateConfig(SampleOptions):
     """A model folder, a run's `final`, or a checkpoint-N."""
     base_model: Path | None = None
     """Folder of the model that the run started from, when it is no longer where it was."""
-    data_path: Path
+    data_path: Path | None = None
     """Same layouts as in `train`."""
+    lmms: list[str] = []
+    """Tasks of lmms-eval, which runs them on its own, beside `data_path` or alone: `pope`, `gqa`, ..."""
+    lmms_python: Path | None = None
+    """The Python that has lmms-eval, when it is in an environment of its own."""
+    lmms_include_path: Path | None = None
+    """A folder with your own tasks of lmms-eval."""
     output_dir: Path | None = None
-    """Where `samples.jsonl`, `summary.json` and `report.html` go."""
+    """Where `samples.jsonl`, `summary.json`, `report.html` and what lmms-eval leaves go."""
     max_samples: PositiveInt | None = None
     """Use only the first so many records."""
     max_new_tokens: PositiveInt = 32
@@ -483,6 +489,20 @@ class EvaluateConfig(SampleOptions):
     """Compute in bfloat16; `auto` where the hardware is fast at it."""
     dataloader_num_workers: NonNegativeInt = 2
     """Processes that decode images."""
+
+    @field_validator("lmms", mode="before")
+    @classmethod
+    def _by_commas(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        return [name for text in texts for name in str(text).split(",") if name] if isinstance(texts, list) else texts
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> "EvaluateConfig":
+        if self.data_path is None and not self.lmms:
+            raise ValueError("give data_path (samples to measure on), or lmms (tasks of lmms-eval)")
+        if self.lmms and self.output_dir is None:
+            raise ValueError("lmms needs output_dir, for what lmms-eval leaves")
+        return self
 
 
 class ChatConfig(Schema):

@@ -8,12 +8,13 @@ Comes in: a model and a data set. Goes out: the summary, a page of the worst sam
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llavaforge.answers.choices import Chooser, options_of, sample_losses
 from llavaforge.answers.generate import Answerer, Question
@@ -32,6 +33,7 @@ from llavaforge.device import compute_dtype
 from llavaforge.errors import UserError
 from llavaforge.files import check_own, replace_text, to_json
 from llavaforge.inference.evaluation_page import evaluation_page
+from llavaforge.inference.lmms import check_lmms, run_lmms
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import cast_parameters
 from llavaforge.processes.launch import num_processes
@@ -68,11 +70,45 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     for name, own in _OWN.items():
         if config.output_dir is not None:
             check_own(config.output_dir / name, own)
+    if config.lmms:
+        check_lmms(Path(config.model_name_or_path), config.lmms_python)
     with open_world(num_processes(), _TIMEOUT_S, needs_group=False) as world:
-        return _evaluate(config, world)
+        summary, write = _measure(config, world) if config.data_path is not None else (_nothing(config), None)
+        if world.is_writer:
+            if config.lmms:
+                summary["lmms"] = _lmms(config)
+            if config.output_dir is not None and write is not None:
+                write()
+        return world.broadcast_object(summary)
 
 
-def _evaluate(config: EvaluateConfig, world: World) -> EvaluateResult:
+def _lmms(config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    assert config.output_dir is not None
+    folder, bf16 = config.output_dir / "lmms-eval", compute_dtype(config.bf16) == torch.bfloat16
+    return run_lmms(
+        Path(config.model_name_or_path), config.lmms, folder, config.max_samples, bf16, config.lmms_python,
+        config.lmms_include_path,
+    )  # fmt: skip
+
+
+def _nothing(config: EvaluateConfig) -> EvaluateResult:
+    """Return the summary of no samples of ours."""
+    return {
+        "num_samples": 0,
+        "loss": None,
+        "perplexity": None,
+        "exact_match": None,
+        "lmms": {},
+        "intervals": {},
+        "model_name_or_path": config.model_name_or_path,
+        "data_path": None,
+        "blank_image": config.blank_image,
+    }
+
+
+def _measure(config: EvaluateConfig, world: World) -> tuple[EvaluateResult, Callable[[], None]]:
+    """Return the summary, and what writes it down."""
+    assert config.data_path is not None
     loaded = world.run_on_all(lambda: open_model(config.model_name_or_path, config.base_model))
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
     cast_parameters(step_module, compute_dtype(config.bf16))
@@ -107,10 +143,12 @@ def _evaluate(config: EvaluateConfig, world: World) -> EvaluateResult:
         found |= theirs
     lines = [found[number] for number in range(len(records))]
     summary = _summary(config, lines, metrics, references)
-    if config.output_dir is not None and world.is_writer:
+
+    def write() -> None:
+        assert config.output_dir is not None
         _write(config.output_dir, lines, summary, evaluation_page(dataset, lines, summary, metrics))
-    world.barrier()
-    return summary
+
+    return summary, write
 
 
 def references_of(record: Record) -> References:
@@ -214,6 +252,7 @@ def _summary(
         "loss": loss,
         "perplexity": math.exp(min(loss, _LARGEST_EXPONENT)),
         "exact_match": values["exact_match"],
+        "lmms": {},
         "intervals": {
             name: list(ends) for name, ends in {"loss": interval(losses, num_supervised), **scores.intervals}.items()
         },
