@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"training", "inference", "data_check", "data_preview", "join", "sbatch"},
     {"starter", "machine"},
     {"cli"},
+    {"comparison"},
     {"__init__", "__main__"},
 ]
 FLOORS_OF_DATA: list[set[str]] = [

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from llavaforge.errors import EndedElsewhere, StoppedEarly, UserError
 from llavaforge.results import (
+    CompareResult,
     CustomizeModelResult,
     DataCheckResult,
     DataPreviewResult,
@@ -32,6 +33,7 @@ from llavaforge.results import (
 from llavaforge.version import __version__
 
 __all__ = [
+    "CompareResult",
     "CustomizeModelResult",
     "DataCheckResult",
     "DataPreviewResult",
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "chat",
     "check",
+    "compare",
     "customize_model",
     "env",
     "evaluate",
@@ -539,6 +542,203 @@ def train(
         EndedElsewhere: Another process of the run met the fault, and said so.
     """
     return _call("train", locals())
+
+
+def compare(
+    *,
+    model_name_or_path: str | Path,
+    output_dir: str | Path,
+    prompt_style: Literal["chat", "plain"] = "chat",
+    system_prompt: str | None = None,
+    max_length: int = 2048,
+    special_tokens_in_text: Literal["split", "keep"] = "split",
+    image_folder: str | Path | None = None,
+    image_roots: Sequence[str | Path] = (),
+    cache_dir: str | Path | None = None,
+    data_path: str | Path | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    eval_data_path: str | Path | None = None,
+    eval_data: Sequence[Mapping[str, Any]] = (),
+    validation_split: float = 0,
+    quarantine: str | Path | None = None,
+    global_batch_size: int | None = None,
+    per_device_train_batch_size: int | None = None,
+    max_tokens_per_batch: int | Literal["auto"] | None = None,
+    gradient_accumulation_steps: int | None = None,
+    seed: int = 42,
+    train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
+    lora_r: int = 128,
+    lora_alpha: int = 256,
+    lora_dropout: float = 0.0,
+    lora_target_modules: Sequence[str] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "qkv_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+    ),
+    projector_from: str | Path | None = None,
+    on_bad_sample: Literal["stop", "skip"] = "stop",
+    max_bad_samples: int = 100,
+    eval_steps: int = 0,
+    num_train_epochs: float = 1.0,
+    max_steps: int = 0,
+    learning_rate: float | None = None,
+    projector_learning_rate: float | None = None,
+    vision_learning_rate: float | None = None,
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine",
+    warmup_ratio: float = 0.03,
+    warmup_steps: int | None = None,
+    weight_decay: float = 0.0,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-08,
+    optim: Literal["adamw", "adamw_8bit"] = "adamw",
+    max_grad_norm: float = 1.0,
+    bf16: bool | Literal["auto"] = "auto",
+    gradient_checkpointing: bool | int | Literal["auto"] = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    deterministic: bool = False,
+    deepspeed: str | Path | None = None,
+    stuck_timeout_s: float = 300.0,
+    max_skipped_steps: int = 3,
+    dataloader_num_workers: int = 2,
+    cache_vision_features: Literal["off", "disk", "memory"] = "off",
+    save_steps: int = 500,
+    save_total_limit: int = 2,
+    on_save_error: Literal["stop", "continue"] = "stop",
+    logging_steps: int = 1,
+    report_to: Literal["none", "tensorboard"] = "none",
+    profile: bool = False,
+    resume_from_checkpoint: Literal["auto"] | str | Path = "auto",
+    allow_changes: Sequence[str] = (),
+    stages: Sequence[Mapping[str, Any]] = (),
+    stage: str | None = None,
+    variants: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    budget_samples: int | None = None,
+    budget_minutes: float | None = None,
+    budget_flops: float | None = None,
+    max_eval_samples: int | None = None,
+    metrics: Sequence[Literal["auto", "none", "exact_match", "yes_no", "multiple_choice", "anls"]] = ("auto",),
+    max_new_tokens: int = 32,
+) -> CompareResult:
+    """Train in several ways under one budget, each with several seeds, and say what differs.
+
+    Args:
+        model_name_or_path: Folder (or hub name) of the model to start from: written by customize-model, or any llava-hf
+            style model.
+        output_dir: Where checkpoints, metrics and the finished model go.
+        prompt_style: `chat`: the model's chat template. `plain`: image and caption without the instruction (LLaVA's
+            stage 1).
+        system_prompt: System message put before each conversation (chat style only).
+        max_length: Longest sample in tokens, image tokens included; whole turns are dropped from the end to fit.
+        special_tokens_in_text: The model's special tokens in texts of the data: `split` them into plain text, or `keep`
+            them as they are (boxes, points). Those that the chat template writes itself are always split.
+        image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
+        image_roots: Folders outside of the image folder that links in it may lead to.
+        cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
+        data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
+            (docs/data.md).
+        data: Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split.
+        eval_data_path: Held-out data, same kinds as `data_path`; images that are not beside it are looked for in
+            `image_folder`.
+        eval_data: Several held-out data sets instead of `eval_data_path`, entries as in `data` (without weight and
+            repeat).
+        validation_split: Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never
+            splits an image.
+        quarantine: A list of bad records, as `data check --quarantine` writes it; `train` leaves them out.
+        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
+        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
+            `max_tokens_per_batch` is given).
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
+        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
+            gives the global batch.
+        seed: Seed of the sample order, LoRA's initial weights and dropout.
+        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
+        lora_r: Rank of the LoRA matrices.
+        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
+        lora_dropout: Dropout before LoRA's first matrix.
+        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
+            passed over).
+        projector_from: A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's
+            `mm_projector.bin`.
+        on_bad_sample: What to do with a record or image that cannot be read: stop, or leave it out and list it in
+            bad_samples.jsonl.
+        max_bad_samples: With `skip`: stop when more than so many were left out.
+        eval_steps: Held-out loss every so many steps (0: only at the end).
+        num_train_epochs: Passes over the data (ignored when `max_steps` is given). Raise it to go on with a finished
+            run.
+        max_steps: Number of optimizer steps; 0 derives it from `num_train_epochs`. Raise it to go on with a finished
+            run.
+        learning_rate: Of the language model or its LoRA (of the projector for `projector`). Default 2e-5; LoRA 2e-4;
+            projector 1e-3.
+        projector_learning_rate: Of the projector (default: `learning_rate`; 2e-5 for `use_lora`).
+        vision_learning_rate: Of the vision tower under `full` (default: a tenth of `learning_rate`).
+        lr_scheduler_type: Shape of the learning rate after warm-up.
+        warmup_ratio: Share of the steps with a rising learning rate.
+        warmup_steps: Number of warm-up steps (instead of `warmup_ratio`).
+        weight_decay: AdamW's decoupled weight decay, on matrices only.
+        adam_beta1: AdamW's first decay.
+        adam_beta2: AdamW's second decay.
+        adam_epsilon: AdamW's epsilon.
+        optim: `adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B
+            model fits one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`.
+        max_grad_norm: Clip the gradient to this norm (0: no clipping).
+        bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
+        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,
+            every N-th one, or (`auto`) as few as the device's memory allows.
+        compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
+            runs.
+        deterministic: The same bytes from every start on a GPU too, where attention's backward sums in any order; a CPU
+            gives them.
+        deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
+            processes default to `zero2`, a single one to plain PyTorch.
+        stuck_timeout_s: Seconds after which a run is ended when a process does not answer or gets nowhere, or no image
+            comes.
+        max_skipped_steps: Steps in a row that may be skipped because loss or gradient is not finite; after more the run
+            ends.
+        dataloader_num_workers: Processes that decode images (0: the training process itself).
+        cache_vision_features: Run a frozen vision tower over each image once, before step 1, and keep what it makes of
+            it: in `cache_dir` (`disk`) or in the host's memory until the stage ends (`memory`). For small data, many
+            epochs and a small language model: all that is saved is the tower's share of a step. With CLIP-L/336 in
+            bfloat16 an image takes 1.2 MB, so 10,000 take 12 GB, and LLaVA's 595,375 would take 700 GB.
+        save_steps: A checkpoint every so many steps (0: none); training goes on while it is written.
+        save_total_limit: Newest checkpoints kept.
+        on_save_error: When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it.
+        logging_steps: A line of metrics.jsonl every so many steps.
+        report_to: Where metrics go besides metrics.jsonl.
+        profile: Record steps 3 to 5: a trace for Perfetto and a table of operations go to `output_dir/profile`.
+        resume_from_checkpoint: `auto` goes on from the newest valid checkpoint of `output_dir`; a path names one.
+        allow_changes: Names of what identifies a run and may differ from before when it goes on, such as seed, data,
+            base_model.
+        stages: Each entry is the recipe with some fields overridden (and a `name`); they run in order.
+        stage: Which stage of a recipe with `stages` (default: the first).
+        variants: What is compared, by name: the recipe with some fields overridden. Default: the train types whose
+            weights fit.
+        seeds: Each variant is trained once with each; from two on, differences can be told from chance.
+        budget_samples: Samples that each run trains on. One of the three budgets is given; the recipe's own length has
+            no place.
+        budget_minutes: Minutes of training for each run: a rehearsal measures a variant's step, which fixes its number
+            of steps.
+        budget_flops: Model FLOPs that each run spends, such as 1e15.
+        max_eval_samples: Use only the first so many held-out records.
+        metrics: What is measured of generated answers, as in `evaluate`.
+        max_new_tokens: Longest answer that is generated.
+
+    Returns:
+        The keys of `CompareResult`: `output_dir`, `report`, `num_runs`, `num_trained`, `best`, `variants`,
+            `differences`.
+
+    Raises:
+        UserError: An option, or what it points at, is at fault; the message says how to mend it.
+    """
+    return _call("compare", locals())
 
 
 def evaluate(

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RECIPE_ONLY = {"stages", "data", "eval_data"}  # lists of mappings
+_LIST = "a list of mappings"
+_RECIPE_ONLY = {"stages": _LIST, "data": _LIST, "eval_data": _LIST, "variants": "a mapping of mappings"}
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "true|false"}
 
 
@@ -73,6 +74,9 @@ VERBS: dict[str, Verb] = {
         "train the projector, a LoRA, the language model or all",
         takes_recipe=True,
     ),
+    "compare": Verb(
+        "CompareConfig", "comparison.compare:compare", "train in several ways and say what differs", takes_recipe=True
+    ),
     "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss, and metrics of answers"),
     "chat": Verb("ChatConfig", "inference.chat:chat", "ask a model about an image"),
     "export": Verb("ExportConfig", "inference.export:export", "merge and verify a plain transformers folder"),
@@ -94,12 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # packs differ in length: else pieces of freed memory pile up
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        for noisy in ("httpx", "matplotlib", "DeepSpeed"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        for warns in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when peft imports torchao
-            logging.getLogger(warns).setLevel(logging.ERROR)
+        quiet_libraries()
         # From the first second on: imports take some.
-        with StopRequest(is_last=argv is None) if name == "train" else nullcontext():
+        with StopRequest(is_last=argv is None) if name in ("train", "compare") else nullcontext():
             config = parse(name, rest)
             result = _load(VERBS[name].function)(config)
         if result is not None and os.environ.get("RANK", "0") == "0":  # several processes have one result
@@ -126,6 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         sys.stderr.write("This is a fault in llavaforge or a failed run, not in your input.\n")
         return 1
+
+
+def quiet_libraries() -> None:
+    """Let libraries say only what concerns a user."""
+    for noisy in ("httpx", "matplotlib", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for warns in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when peft imports torchao
+        logging.getLogger(warns).setLevel(logging.ERROR)
 
 
 class _Printable(logging.Formatter):
@@ -155,8 +164,8 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     parser = _parser(name, verb, options)
     given, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
     if unknown:
-        if (field := unknown[0][2:].split("=")[0]) in _RECIPE_ONLY & options.model_fields.keys():
-            raise UserError(f"llavaforge {name}: `{field}` is a list of mappings, so it is given in a recipe only.")
+        if (field := unknown[0][2:].split("=")[0]) in _RECIPE_ONLY.keys() & options.model_fields.keys():
+            raise UserError(f"llavaforge {name}: `{field}` is {_RECIPE_ONLY[field]}, so it is given in a recipe only.")
         flags = [f"--{field}" for field in options.model_fields]
         raise UserError(f"llavaforge {name}: unknown argument `{unknown[0]}`.{load.nearest(unknown[0], flags)}")
     values = vars(given)
@@ -165,7 +174,7 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
         values = recipe.override_all(load.read_recipe(Path(path)), values)
     if path and options is not schema.TrainConfig:  # a training recipe says more than these verbs need
         values = recipe.one_stage(values, values.get("stage"), str(path))
-        foreign = schema.TrainConfig.model_fields.keys() - options.model_fields.keys()
+        foreign = schema.CompareConfig.model_fields.keys() - options.model_fields.keys()
         values = {key: value for key, value in values.items() if key not in foreign}
     return load.build(options, values, path or f"llavaforge {name}")
 
@@ -239,7 +248,7 @@ def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.Argument
         argument_default=argparse.SUPPRESS,
     )
     if verb.takes_recipe:
-        lists = " and ".join(f"`{field}`" for field in sorted(_RECIPE_ONLY & options.model_fields.keys()))
+        lists = " and ".join(f"`{field}`" for field in sorted(_RECIPE_ONLY.keys() & options.model_fields.keys()))
         parser.add_argument("recipe", nargs="?", help=f"a YAML recipe; flags override its keys, but for {lists}")
     for field, info in options.model_fields.items():
         if field in _RECIPE_ONLY:

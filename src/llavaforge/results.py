@@ -169,6 +169,25 @@ class TrainResult(TypedDict):
     """Records and images left out (`on_bad_sample="skip"`)."""
 
 
+class CompareResult(TypedDict):
+    """Result of `compare`."""
+
+    output_dir: str
+    """Folder of the comparison."""
+    report: str
+    """The HTML page."""
+    num_runs: int
+    """Runs of all variants and seeds."""
+    num_trained: int
+    """How many of them this start has trained; the others were there."""
+    best: str
+    """The variant with the lowest mean held-out loss, by however little."""
+    variants: dict[str, dict[str, Any]]
+    """By name: what learns, its steps, and the mean over seeds and the spread (standard deviation) of each measure."""
+    differences: list[dict[str, Any]]
+    """Each pair of variants in each measure: mean, 95 % interval, p, p among all comparisons, verdict."""
+
+
 class EvaluateResult(TypedDict):
     """Result of `evaluate`."""
 

@@ -5,6 +5,7 @@ A docstring under a field is its help text. Unknown keys are errors (`config/loa
 Past 300 lines because every option stands here, and only here.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -32,6 +33,18 @@ Changeable = Annotated[T, _CHANGEABLE]
 comes of it. All other options of `TrainConfig` identify the run (`identifying`)."""
 
 _MICRO_BATCH = 8
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
+
+OF_COMPARISON = {
+    "output_dir": "and has a folder for each run",
+    "seed": "and goes through `seeds`",
+    "stages": "since a variant is one stage",
+    **dict.fromkeys(("max_steps", "num_train_epochs"), "by the budget"),
+    **dict.fromkeys(("eval_data_path", "eval_data", "validation_split"), "so that losses can be compared"),
+    **dict.fromkeys(("resume_from_checkpoint", "allow_changes"), "since each run goes on from its own checkpoint"),
+}
+"""Options of `train` that no variant of a comparison may have, and why: `compare` sets them."""
+
 _WEEK_S = 7 * 24 * 3600
 
 
@@ -452,6 +465,62 @@ class TrainConfig(DataOptions):
             raise ValueError("give warmup_ratio or warmup_steps, not both")
         if self.prompt_style == "plain" and self.system_prompt:
             raise ValueError("system_prompt has no place in prompt_style plain: drop it, or use prompt_style chat")
+        return self
+
+
+class CompareConfig(TrainConfig):
+    """Train in several ways under one budget, each with several seeds, and say what differs. Takes a recipe."""
+
+    stage: str | None = None
+    """Which stage of a recipe with `stages` (default: the first)."""
+    variants: dict[str, dict[str, Any]] | None = None
+    """What is compared, by name: the recipe with some fields overridden. Default: the train types whose weights fit."""
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+    """Each variant is trained once with each; from two on, differences can be told from chance."""
+    budget_samples: PositiveInt | None = None
+    """Samples that each run trains on. One of the three budgets is given; the recipe's own length has no place."""
+    budget_minutes: Annotated[float, Field(gt=0, le=_WEEK_S / 60)] | None = None
+    """Minutes of training for each run: a rehearsal measures a variant's step, which fixes its number of steps."""
+    budget_flops: Annotated[float, Field(gt=0)] | None = None
+    """Model FLOPs that each run spends, such as 1e15."""
+    max_eval_samples: PositiveInt | None = None
+    """Use only the first so many held-out records."""
+    metrics: list[MetricName] = ["auto"]
+    """What is measured of generated answers, as in `evaluate`."""
+    max_new_tokens: PositiveInt = 32
+    """Longest answer that is generated."""
+
+    @field_validator("variants")
+    @classmethod
+    def _are_folders(cls, variants: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        for name, overrides in (variants or {}).items():
+            if not _VARIANT_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r:.100} names a folder: letters, digits, `-`, `_` and `.`, beginning with a letter or digit"
+                )
+            if taken := sorted(overrides.keys() & OF_COMPARISON.keys()):
+                raise ValueError(f"{name}: `{taken[0]}` is the same for all, {OF_COMPARISON[taken[0]]}")
+        if variants is not None and len({name.lower() for name in variants}) < max(2, len(variants)):
+            raise ValueError("give at least two, whose names differ not only in case")
+        return variants
+
+    @model_validator(mode="after")
+    def _check_comparison(self) -> "CompareConfig":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: each is trained once, found {self.seeds}")
+        budgets = [name for name in type(self).model_fields if name.startswith("budget_") and getattr(self, name)]
+        if len(budgets) != 1:
+            raise ValueError(
+                "give one of budget_samples, budget_minutes and budget_flops, which each run gets"
+                + (f"; found {' and '.join(budgets)}" if budgets else "")
+            )
+        if self.eval_data_path is None:
+            raise ValueError(
+                "compare measures all runs on the same records, which none of them sees: give them as eval_data_path "
+                "(with a recipe's validation_split, which depends on the seed, give --validation_split 0 too)"
+            )
+        if self.stages:
+            raise ValueError("compare trains one stage: name it with `stage`")
         return self
 
 

@@ -1,0 +1,1 @@
+"""`llavaforge compare`: several ways to train, each with several seeds, under one budget; one report."""

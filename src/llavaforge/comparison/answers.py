@@ -1,0 +1,105 @@
+"""Sample answers side by side: a few held-out records, and what each variant answers with each seed.
+
+Comes in: finished runs. Goes out: a `Card` for each record.
+"""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llavaforge.comparison.runs import Run
+from llavaforge.data.load.loader import BadImage, PackDataset
+from llavaforge.data.storage.image_ref import short
+
+_NUM_DIFFERENT, _NUM_EVENLY = 4, 4
+_LONGEST_TEXT = 600
+_LARGEST_SIDE = 192  # pixels; a photo of that size takes 10 KB
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a variant answers, and with how many seeds."""
+
+    text: str
+    num_seeds: int
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """One held-out record.
+
+    Attributes:
+        id: the record's own.
+        pictures: its images as data URLs.
+        question: the last one of the conversation.
+        reference: the right answer.
+        answers: of each variant, the commonest first.
+        differ: the variants, or seeds, do not answer alike.
+    """
+
+    id: str
+    pictures: list[str]
+    question: str
+    reference: str
+    answers: dict[str, list[Answer]]
+    differ: bool
+
+
+def make_cards(runs: Sequence[Run]) -> list[Card]:
+    """Choose records, evenly over the held-out data: some of those that are not answered alike first, then of the rest.
+
+    Args:
+        runs: finished ones, whose models have answered the same records.
+    """
+    lines = {run: run.answers() for run in runs}
+    lines = {run: mine for run, mine in lines.items() if mine and "answer" in mine[0]}
+    if not lines:
+        return []
+    num_records = min(map(len, lines.values()))
+    differ = [number for number in range(num_records) if len({mine[number]["answer"] for mine in lines.values()}) > 1]
+    alike = sorted(set(range(num_records)) - set(differ))
+    chosen = [*_evenly(differ, _NUM_DIFFERENT), *_evenly(alike, _NUM_EVENLY)]
+    return [_card(number, lines, number in set(differ)) for number in chosen]
+
+
+def _evenly(numbers: list[int], most: int) -> list[int]:
+    places = np.unique(np.linspace(0, len(numbers) - 1, min(most, len(numbers)), dtype=int))
+    return [numbers[place] for place in places.tolist()]
+
+
+def _card(number: int, lines: dict[Run, list[dict[str, Any]]], differ: bool) -> Card:
+    of_variants: dict[str, Counter[tuple[str, bool]]] = {}
+    for run, mine in lines.items():
+        line = mine[number]
+        said = (short(line["answer"].strip(), _LONGEST_TEXT), bool(line["correct"]))
+        of_variants.setdefault(run.variant.name, Counter())[said] += 1
+    first = next(iter(lines))
+    line = lines[first][number]
+    answers = {
+        name: [Answer(text, times, is_right) for (text, is_right), times in said.most_common()]
+        for name, said in of_variants.items()
+    }
+    question, reference = (short(line[key], _LONGEST_TEXT) for key in ("question", "reference"))
+    return Card(line["id"], _pictures(first.variant.held_out, number), question, reference, answers, differ)
+
+
+def _pictures(dataset: PackDataset, number: int) -> list[str]:
+    """Return a record's images as the model sees them, made small; none where one cannot be read any more."""
+    try:
+        pixels = dataset.pixels(dataset.index.row(number))
+    except BadImage:
+        return []
+    urls = []
+    for pixels_CHW in pixels:
+        image, file = Image.fromarray(np.asarray(pixels_CHW).transpose(1, 2, 0)), io.BytesIO()
+        image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+        image.save(file, "JPEG", quality=90)
+        urls.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
+    return urls
