@@ -18,7 +18,7 @@ from llavaforge.starter.shapes import write_shapes
 # These take half a minute and more each, the longest first, so that the two workers end together.
 _LONG = (
     "test_training.py", "test_zero.py", "test_zero_runs.py", "test_kill_points.py",
-    "test_quickstart.py", "test_faults.py", "test_lost_rank.py", "test_scaling.py", "test_run_sh.py",
+    "test_quickstart.py", "test_compare.py", "test_faults.py", "test_lost_rank.py", "test_scaling.py", "test_run_sh.py",
     "test_features.py", "test_zero_saving.py", "test_writing.py",
     "test_resume.py", "test_bench.py", "test_heartbeat.py", "test_engines.py", "test_data.py", "test_memory.py",
     "test_run_faults.py", "test_kills.py", "test_workers.py", "test_hostile.py", "test_files.py", "test_going_on.py",

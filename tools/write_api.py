@@ -29,6 +29,7 @@ USER_ERROR = "UserError: An option, or what it points at, is at fault; the messa
 STOPPED_EARLY = "StoppedEarly: A signal asked the run to stop; a checkpoint is saved, the same call goes on from it."
 FURTHER_RAISES = {
     "quickstart": [STOPPED_EARLY],
+    "compare": [STOPPED_EARLY],
     "train": [STOPPED_EARLY, "EndedElsewhere: Another process of the run met the fault, and said so."],
     "export": ["RuntimeError: The exported folder does not compute what was trained; it is left for inspection."],
 }

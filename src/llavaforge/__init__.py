@@ -737,6 +737,7 @@ def compare(
 
     Raises:
         UserError: An option, or what it points at, is at fault; the message says how to mend it.
+        StoppedEarly: A signal asked the run to stop; a checkpoint is saved, the same call goes on from it.
     """
     return _call("compare", locals())
 

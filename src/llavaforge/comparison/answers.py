@@ -16,6 +16,7 @@ from PIL import Image
 from llavaforge.comparison.runs import Run
 from llavaforge.data.load.loader import BadImage, PackDataset
 from llavaforge.data.storage.image_ref import short
+from llavaforge.report.glyphs import visible
 
 _NUM_DIFFERENT, _NUM_EVENLY = 4, 4
 _LONGEST_TEXT = 600
@@ -78,7 +79,7 @@ def _card(number: int, lines: dict[Run, list[dict[str, Any]]], differ: bool) -> 
     of_variants: dict[str, Counter[tuple[str, bool]]] = {}
     for run, mine in lines.items():
         line = mine[number]
-        said = (short(line["answer"].strip(), _LONGEST_TEXT), bool(line["correct"]))
+        said = (_shown(line["answer"]), bool(line["correct"]))
         of_variants.setdefault(run.variant.name, Counter())[said] += 1
     first = next(iter(lines))
     line = lines[first][number]
@@ -86,8 +87,12 @@ def _card(number: int, lines: dict[Run, list[dict[str, Any]]], differ: bool) -> 
         name: [Answer(text, times, is_right) for (text, is_right), times in said.most_common()]
         for name, said in of_variants.items()
     }
-    question, reference = (short(line[key], _LONGEST_TEXT) for key in ("question", "reference"))
+    question, reference = (_shown(line[key]) for key in ("question", "reference"))
     return Card(line["id"], _pictures(first.variant.held_out, number), question, reference, answers, differ)
+
+
+def _shown(text: str) -> str:
+    return visible(short(text.strip(), _LONGEST_TEXT))
 
 
 def _pictures(dataset: PackDataset, number: int) -> list[str]:

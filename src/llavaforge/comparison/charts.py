@@ -64,7 +64,7 @@ def draw(title: str, label: str, panels: Sequence[Panel]) -> Markup:
                 style = _STYLES[line.number // NUM_COLOURS % len(_STYLES)]
                 if len(line.x) > 1:
                     axes.plot(line.x, line.y, style, color=colour, linewidth=1.2, gid=f"{line.name}: its way")
-                last = axes.plot(line.x[-1:], line.y[-1:], "o", color=colour, markersize=5, alpha=0.8)
+                last = axes.plot(line.x[-1:], line.y[-1:], "o", color=colour, markersize=5, alpha=0.8, clip_on=False)
                 last[0].set_gid(f"{line.name}: {line.y[-1]:.4g}")
             axes.set(xlabel=panel.label, yscale="log" if is_log else "linear")
             axes.set_xlim(left=0)
@@ -74,6 +74,4 @@ def draw(title: str, label: str, panels: Sequence[Panel]) -> Markup:
             axes.grid(alpha=0.2, linewidth=0.5)
         all_axes[0].set_ylabel(label)
         svg = to_svg(figure, _COLOURS)
-    return Markup('<figure class="chart panels-{}"><figcaption>{}</figcaption>{}</figure>').format(
-        len(panels), title, svg
-    )
+    return Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, svg)

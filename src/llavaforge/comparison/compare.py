@@ -58,15 +58,15 @@ def compare(config: CompareConfig) -> CompareResult:
         variants, left_out = open_variants(config)
         plan = _checked_plan(config, variants)
         with stop.postponed():
-            steps = {variant.name: _num_steps(config, variant, plan, stop) for variant in variants}
+            steps, failed = _all_steps(config, variants, plan, stop)
+            variants = [variant for variant in variants if variant.name in steps]
             runs = [Run(config, variant, seed, steps[variant.name]) for seed in config.seeds for variant in variants]
-            comparison = Comparison(config, variants, runs, left_out)
+            comparison = Comparison(config, variants, runs, left_out, failed)
             num_trained = _do_all(comparison, config.output_dir / REPORT, stop)
     if comparison.failed:
-        names = ", ".join(comparison.failed)
         raise RunFailed(
-            f"{len(comparison.failed)} of {len(runs)} runs failed: {names}. {config.output_dir / REPORT} says why; "
-            "started again, compare tries them once more."
+            f"what failed: {'; '.join(comparison.failed)}. {config.output_dir / REPORT} says why, and shows the others; "
+            "started again, compare tries once more what failed."
         )
     return summarize(comparison, config.output_dir / REPORT, num_trained)
 
@@ -162,6 +162,26 @@ def _checked_plan(config: CompareConfig, variants: list[Variant]) -> dict[str, A
         known.setdefault(variant.name, {"identity": variant.identity})
     _write_plan(path, known)
     return known
+
+
+def _all_steps(
+    config: CompareConfig, variants: list[Variant], plan: dict[str, Any], stop: StopRequest
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the number of steps of each variant, and why a rehearsal failed, by its name.
+
+    Raises:
+        RunFailed: all of them did.
+    """
+    steps, failed = {}, {}
+    for variant in variants:
+        try:
+            steps[variant.name] = _num_steps(config, variant, plan, stop)
+        except RunFailed as error:
+            failed[f"rehearsal of {variant.name}"] = str(error)
+            logger.error("%s", error)
+    if not steps:
+        raise RunFailed("every rehearsal failed: see above.")
+    return steps, failed
 
 
 def _num_steps(config: CompareConfig, variant: Variant, plan: dict[str, Any], stop: StopRequest) -> int:

@@ -5,6 +5,7 @@ Comes in: a variant with its number of steps, and a seed. Goes out, in `output_d
     seed-0.yaml          the run's recipe, which `llavaforge train` takes
     seed-0/              the run, as `train` leaves it
     seed-0-evaluation/   what `evaluate` wrote of its final model
+    seed-0-answers/      the same of a few records, where no metric suits and so nothing was answered
     seed-0.log           what both said
     seed-0.json          the result: with it the run is done, and never done again
 """
@@ -40,6 +41,8 @@ RUNS = "runs"
 _REHEARSALS = "rehearsals"
 _REHEARSED_STEPS, _FIRST_STEPS = 12, 2  # the first ones allocate memory and fill caches: they are not counted
 _NUM_CURVE_POINTS = 10
+_NUM_ANSWERS = 8  # where no metric asks for more
+_EVALUATION, _ANSWERS = "-evaluation", "-answers"
 _INPUT_AT_FAULT = 2
 Watch = Callable[[int], None]  # told the steps that the run has done
 
@@ -70,11 +73,6 @@ class Run:
         """What messages call it."""
         return f"{self.variant.name}, seed {self.seed}"
 
-    @property
-    def evaluation(self) -> Path:
-        """Where `evaluate` writes."""
-        return self._beside("-evaluation")
-
     def result(self) -> dict[str, Any] | None:
         """Return what came of it; None where it is not done, or where that is damaged."""
         try:
@@ -94,9 +92,9 @@ class Run:
         return points
 
     def answers(self) -> list[dict[str, Any]]:
-        """Return the lines of `samples.jsonl`, one for each held-out record in its order."""
-        path = self.evaluation / "samples.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        """Return lines of `samples.jsonl` with answers, of the held-out records in their order, or of the first few."""
+        found = (_lines(self._beside(suffix)) for suffix in (_EVALUATION, _ANSWERS))
+        return next((lines for lines in found if lines and "answer" in lines[0]), [])
 
     def do(self, stop: StopRequest, watch: Watch) -> dict[str, Any]:
         """Train, or go on with it; then evaluate, and leave the result.
@@ -116,23 +114,29 @@ class Run:
             "eval_steps": self.variant.values.get("eval_steps") or max(1, self.num_steps // _NUM_CURVE_POINTS),
         }
         _train(self._beside(".yaml"), values, self._beside(".log"), self.name, stop, watch)
-        options = evaluate_options(self.config, self.variant.values, str(self.folder / FINAL))
-        words = ["evaluate", f"--output_dir={self.evaluation}"]
-        for name, value in options.model_dump(mode="json", exclude_unset=True).items():
-            if isinstance(value, list):
-                words += [f"--{name}", *value] if value else []
-            elif value is not None:
-                words.append(f"--{name}={value}")
-        _checked(run_child(words, self._beside(".log"), stop, lambda: None), self._beside(".log"), self.name)
+        self._evaluate(self._beside(_EVALUATION), stop)
+        if "none" not in self.config.metrics and "answer" not in _lines(self._beside(_EVALUATION))[0]:
+            few = min(_NUM_ANSWERS, self.config.max_eval_samples or _NUM_ANSWERS)
+            self._evaluate(self._beside(_ANSWERS), stop, metrics=["anls"], max_samples=few)
         result = {
             "variant": self.variant.name,
             "seed": self.seed,
             "device": device_name(),
             "train": load_run(self.folder / FINAL)["result"],
-            "evaluation": json.loads((self.evaluation / "summary.json").read_text()),
+            "evaluation": json.loads((self._beside(_EVALUATION) / "summary.json").read_text()),
         }
         replace_text(self._beside(".json"), to_json(result, indent=1) + "\n")
         return result
+
+    def _evaluate(self, folder: Path, stop: StopRequest, **changes: Any) -> None:
+        options = evaluate_options(self.config, self.variant.values, str(self.folder / FINAL))
+        words = ["evaluate", f"--output_dir={folder}"]
+        for name, value in (options.model_dump(mode="json", exclude_unset=True) | changes).items():
+            if isinstance(value, list):
+                words += [f"--{name}", *value] if value else []
+            elif value is not None:
+                words.append(f"--{name}={value}")
+        _checked(run_child(words, self._beside(".log"), stop, lambda: None), self._beside(".log"), self.name)
 
     def _beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)
@@ -160,6 +164,12 @@ def rehearse(config: CompareConfig, variant: Variant, stop: StopRequest, watch: 
     times = [line["step_time_s"] for line in read_metrics(folder / "run")][_FIRST_STEPS:]
     shutil.rmtree(folder, ignore_errors=True)
     return float(sum(times) / len(times))
+
+
+def _lines(evaluation: Path) -> list[dict[str, Any]]:
+    """Return what `evaluate` wrote of each sample; nothing where it has not been."""
+    path = evaluation / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def device_name() -> str:

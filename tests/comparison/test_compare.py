@@ -1,0 +1,262 @@
+"""A comparison is made of ordinary runs, is reproduced from its seeds, and repeats nothing after an interruption."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import waiting
+import yaml
+
+from llavaforge.cli import main
+from llavaforge.comparison import child
+from llavaforge.training.metrics import read_metrics
+from train_tools import tensors_of, train_config
+
+VARIANTS: dict[str, Any] = {
+    "projector": {"train_type": "projector"},
+    "lora": {"train_type": "use_lora", "lora_r": 4, "lora_alpha": 8},
+}
+TIMED = ("samples_per_s", "peak_memory_bytes")
+Recipe = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_llava: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A function from a folder and changes to the words that compare there."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def write(output_dir: Path, **changes: Any) -> list[str]:
+        config = train_config(tiny_llava, shapes / "train" / "questions.json", output_dir, warmup_ratio=0.0)
+        values = config.model_dump(mode="json", exclude_unset=True)
+        for name in ("train_type", "max_steps", "lora_r", "lora_alpha", "projector_learning_rate", "save_steps"):
+            del values[name]
+        values |= {
+            "eval_data_path": str(shapes / "heldout" / "questions.json"),
+            "variants": VARIANTS,
+            "seeds": [0, 1],
+            "budget_samples": 14,  # three steps of four, and two samples that make none
+            "max_eval_samples": 8,
+            "max_new_tokens": 4,
+        }
+        path = folder / f"{len(list(folder.iterdir()))}.yaml"
+        path.write_text(
+            yaml.safe_dump(
+                {key: value for key, value in (values | changes).items() if value is not None}, sort_keys=False
+            )
+        )
+        return ["compare", str(path)]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted comparison of two variants with two seeds. Read only."""
+    folder = tmp_path_factory.mktemp("compare") / "whole"
+    assert main(recipe(folder)) == 0
+    return folder
+
+
+def starts(folder: Path) -> dict[str, int]:
+    """How often each run was trained and evaluated, by its log's name."""
+    logs = (folder / "runs").glob("*/*.log")
+    return {f"{log.parent.name}/{log.stem}": log.read_text().count("$ llavaforge ") for log in logs}
+
+
+def figures(folder: Path) -> Any:
+    """The results of all runs, without what the clock says and where they are."""
+    found = {}
+    for path in sorted((folder / "runs").glob("*/*.json")):
+        result = json.loads(path.read_text())
+        trained = {name: result["train"][name] for name in ("global_step", "train_loss", "eval_loss")}
+        measured = {name: value for name, value in result["evaluation"].items() if name != "model_name_or_path"}
+        found[f"{path.parent.name}/{path.stem}"] = trained | measured
+    return found
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+
+def test_it_tells_what_each_variant_reached_and_repeats_nothing(
+    whole: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = starts(whole)
+    assert before == {f"{name}/seed-{seed}": 2 for name in VARIANTS for seed in (0, 1)}
+    assert main(recipe(whole)) == 0
+    result = last_line(capsys)
+    assert starts(whole) == before
+    assert (result["num_runs"], result["num_trained"]) == (4, 0)
+    found = figures(whole)
+    for name, summary in result["variants"].items():
+        losses = [found[f"{name}/seed-{seed}"]["loss"] for seed in (0, 1)]
+        assert losses[0] != losses[1]
+        assert summary["loss"] == pytest.approx(sum(losses) / 2)
+        assert summary["loss_spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+        assert (summary["num_steps"], summary["num_samples"]) == (3, 12)
+    assert result["variants"]["lora"]["num_learning"] > result["variants"]["projector"]["num_learning"]
+    assert {one["measure"] for one in result["differences"]} == {"loss", "exact_match"}
+    assert result["best"] == min(VARIANTS, key=lambda name: result["variants"][name]["loss"])
+
+
+def test_a_run_is_what_train_makes_of_its_recipe(whole: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((whole / "runs" / "projector" / "seed-1.yaml").read_text())
+    assert (
+        main(["train", str(whole / "runs" / "projector" / "seed-1.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    )
+    one, other = tensors_of(tmp_path / "run" / "final"), tensors_of(whole / "runs" / "projector" / "seed-1" / "final")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert (values["seed"], values["max_steps"]) == (1, 3)
+
+
+def test_interrupted_and_started_again_it_is_the_same_and_nothing_is_repeated(
+    whole: Path,
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "broken"
+
+    def ask_to_stop() -> None:
+        while not (folder / waiting.SIGN).exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "_become", waiting.become)
+        thread = threading.Thread(target=ask_to_stop, daemon=True)
+        thread.start()
+        code = main(recipe(folder))
+    told = capsys.readouterr()
+    assert (code, told.out) == (75, "")
+    assert "start again to go on" in told.err and "Traceback" not in told.err
+    thread.join()
+    assert starts(folder) == {"projector/seed-0": 2, "lora/seed-0": 1}
+    assert "1 of 4" in (folder / "report.html").read_text()
+    assert main(recipe(folder)) == 0
+    assert last_line(capsys)["num_trained"] == 3
+    expected = {f"{name}/seed-{seed}": 2 for name in VARIANTS for seed in (0, 1)}
+    assert starts(folder) == expected | {"lora/seed-0": 3}  # begun, gone on with, evaluated
+    assert "going on from" in (folder / "runs" / "lora" / "seed-0.log").read_text()
+    assert [line["step"] for line in read_metrics(folder / "runs" / "lora" / "seed-0")] == [1, 2, 3]
+    assert figures(folder) == figures(whole)
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.refers_to: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.refers_to += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_stands_alone_and_shows_all(whole: Path) -> None:
+    text = (whole / "report.html").read_text()
+    page = Page(text)
+    assert len(text) < 5e6
+    assert all(one.startswith(("#", "data:")) for one in page.refers_to)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert "script" not in page.tags and page.tags.count("svg") == 2 and "img" in page.tags
+    found = figures(whole)
+    for name in VARIANTS:
+        mean = sum(found[f"{name}/seed-{seed}"]["loss"] for seed in (0, 1)) / 2
+        assert name in page.text and f"{mean:.4f} ±" in page.text
+    assert re.search(r"runs done\s*4 of 4", page.text)
+    assert "Holm" in page.text and "preliminary" not in page.text
+
+
+def test_a_seed_may_be_added_and_a_changed_recipe_is_refused(
+    whole: Path, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    before = figures(folder)
+    words = recipe(folder, learning_rate=2e-2)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "`projector` was begun with another recipe" in told and "learning_rate: 0.01 there, 0.02 now" in told
+    assert main([*recipe(folder), "--budget_samples", "20"]) == 2
+    assert "budget_samples: 14 there, 20 now" in capsys.readouterr().err
+    assert main([*recipe(folder), "--max_eval_samples", "4"]) == 2
+    assert "held-out data: " in capsys.readouterr().err
+    assert figures(folder) == before
+    assert main([*recipe(folder), "--seeds", "0", "1", "2", "--metrics", "none"]) == 2
+    assert "metrics: ['auto'] there, ['none'] now" in capsys.readouterr().err
+    assert main([*recipe(folder), "--seeds", "1", "2"]) == 0
+    assert last_line(capsys)["num_trained"] == 2
+    assert {name: found for name, found in figures(folder).items() if not name.endswith("2")} == before
+
+
+def spent_flops(folder: Path, name: str) -> float:
+    """The model FLOPs that a run counted, by its last checkpoint."""
+    (state,) = (folder / "runs" / name / "seed-0").glob("checkpoint-*/train_state.json")
+    return float(json.loads(state.read_text())["model_flops"])
+
+
+def test_a_budget_of_flops_gives_each_its_own_steps(
+    whole: Path, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = 2.2 * spent_flops(whole, "lora")
+    folder = tmp_path / "flops"
+    words = recipe(folder, seeds=[0], budget_samples=None, budget_flops=budget, metrics=["none"])
+    assert main(words) == 0
+    told = last_line(capsys)
+    for name in VARIANTS:
+        assert 0.8 * budget <= spent_flops(folder, name) <= 1.1 * budget  # samples differ from the mean one
+    assert told["variants"]["projector"]["num_steps"] > told["variants"]["lora"]["num_steps"] == 6
+    assert {one["verdict"] for one in told["differences"]} == {"too few seeds"}
+    assert "With one seed nothing can be said" in (folder / "report.html").read_text()
+
+
+def test_a_budget_of_minutes_is_rehearsed_once(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "minutes"
+    changes = {"seeds": [0], "budget_samples": None, "budget_minutes": 0.003, "metrics": ["none"]}
+    assert main(recipe(folder, **changes)) == 0
+    told = last_line(capsys)
+    plan = json.loads((folder / "compare.json").read_text())["variants"]
+    for name in VARIANTS:
+        steps = int(0.18 // plan[name]["step_time_s"])
+        assert told["variants"][name]["num_steps"] == plan[name]["num_steps"] == steps > 0
+    assert not list((folder / "rehearsals").iterdir())
+    before = starts(folder)
+    assert main(recipe(folder, **changes)) == 0
+    assert starts(folder) == before  # the steps of the first start, whatever a step takes now
+    assert "rehearsal of twelve steps" in (folder / "report.html").read_text()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {"train_type": "projector", "learning_rate": 1e30, "max_skipped_steps": 0}
+    folder = tmp_path / "failing"
+    words = recipe(folder, variants={"broken": broken} | VARIANTS, seeds=[0], metrics=["none"])
+    for start in (1, 2):
+        assert main(words) == 1
+        told = capsys.readouterr()
+        assert told.out == "" and "Traceback" not in told.err
+        assert "what failed: broken, seed 0" in told.err
+        assert starts(folder) == {"broken/seed-0": start, "projector/seed-0": 2, "lora/seed-0": 2}
+    page = Page((folder / "report.html").read_text()).text
+    assert "2 of 3 runs are done" in page and "the run has diverged" in page
