@@ -50,10 +50,11 @@ def test_every_command_is_understood(source: str, words: list[str], monkeypatch:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_is_valid_and_says_how_it_is_started(recipe: Path) -> None:
-    config = parse("train", [str(recipe)])
+    verb = "compare" if recipe.name.startswith("compare-") else "train"
+    config = parse(verb, [str(recipe)])
     assert isinstance(config, TrainConfig)
     training_stages(config)
-    assert f"llavaforge train recipes/{recipe.name}" in recipe.read_text()
+    assert f"llavaforge {verb} recipes/{recipe.name}" in recipe.read_text()
 
 
 def test_recipes_have_llavas_published_hyper_parameters() -> None:

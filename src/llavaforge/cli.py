@@ -171,7 +171,10 @@ def parse(name: str, arguments: Sequence[str]) -> "Schema":
     values = vars(given)
     path = values.pop("recipe", None) if verb.takes_recipe else None
     if path:
-        values = recipe.override_all(load.read_recipe(Path(path)), values)
+        read = load.read_recipe(Path(path))
+        if options is schema.CompareConfig:
+            recipe.check_own_model(read, values, str(path))
+        values = recipe.override_all(read, values)
     if path and options is not schema.TrainConfig:  # a training recipe says more than these verbs need
         values = recipe.one_stage(values, values.get("stage"), str(path))
         foreign = schema.CompareConfig.model_fields.keys() - options.model_fields.keys()

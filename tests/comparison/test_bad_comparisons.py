@@ -87,6 +87,9 @@ def test_the_stage_of_a_recipe_is_chosen_by_name(
     words = write(tmp_path, tiny_llava, shapes, stages=stages, variants=None, budget_samples=1)
     assert main(words) == 2
     assert "`lora_r` = 0" in capsys.readouterr().err
+    assert main([*words, "--stage", "two"]) == 2
+    assert "stage 'two' goes on from what 'one' leaves" in capsys.readouterr().err
+    words.append(f"--model_name_or_path={tiny_llava}")
     assert main([*words, "--stage", "two"]) == 2  # its budget is too small for the first of the four train types
     assert "less than one step of projector" in capsys.readouterr().err
     assert main([*words, "--stage", "three"]) == 2

@@ -65,7 +65,7 @@ def compare(config: CompareConfig) -> CompareResult:
             num_trained = _do_all(comparison, config.output_dir / REPORT, stop)
     if comparison.failed:
         raise RunFailed(
-            f"what failed: {'; '.join(comparison.failed)}. {config.output_dir / REPORT} says why, and shows the others; "
+            f"what failed: {'; '.join(comparison.failed)}. {config.output_dir / REPORT} says why, and has the others; "
             "started again, compare tries once more what failed."
         )
     return summarize(comparison, config.output_dir / REPORT, num_trained)

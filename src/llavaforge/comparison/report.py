@@ -61,9 +61,7 @@ class Row:
         num_steps: of each of its runs.
         num_done: of its runs.
         measures: mean over seeds and spread of each measure, as text.
-        samples_per_s: mean over seeds, as the next two; None where no run is done.
-        minutes: of training.
-        memory_gb: at the peak.
+        costs: the same of samples per second, minutes of training and GB at the peak.
     """
 
     number: int
@@ -71,9 +69,7 @@ class Row:
     num_steps: int
     num_done: int
     measures: list[str]
-    samples_per_s: float | None
-    minutes: float | None
-    memory_gb: float | None
+    costs: list[str]
 
 
 def summarize(comparison: Comparison, report: Path, num_trained: int) -> CompareResult:
@@ -176,29 +172,24 @@ def _row(
 ) -> Row:
     variant = comparison.variants[number]
     mine = {run: result["train"] for run, result in results.items() if run.variant is variant}
-    cells = [_mean_and_spread(name, list(of.get(variant.name, {}).values())) for name, of in measures.items()]
+    cells = [_measured(name, list(of.get(variant.name, {}).values())) for name, of in measures.items()]
     num_steps = next(run.num_steps for run in comparison.runs if run.variant is variant)
-    if not mine:
-        return Row(number, variant, num_steps, 0, cells, None, None, None)
-    return Row(
-        number,
-        variant,
-        num_steps,
-        len(mine),
-        cells,
-        fmean(train["samples_per_s"] for train in mine.values()),
-        fmean(_seconds(run, train) for run, train in mine.items()) / 60,
-        fmean(train["peak_memory_bytes"] for train in mine.values()) / _GB,
-    )
+    costs = [
+        _mean_and_spread([train["samples_per_s"] for train in mine.values()], 1),
+        _mean_and_spread([_seconds(run, train) / 60 for run, train in mine.items()], 2),
+        _mean_and_spread([train["peak_memory_bytes"] / _GB for train in mine.values()], 2),
+    ]
+    return Row(number, variant, num_steps, len(mine), cells, costs)
 
 
-def _mean_and_spread(measure: str, values: Sequence[float]) -> str:
+def _measured(measure: str, values: Sequence[float]) -> str:
+    return _mean_and_spread(values, 4) if measure == LOSS else _mean_and_spread([100 * one for one in values], 1, " %")
+
+
+def _mean_and_spread(values: Sequence[float], digits: int, unit: str = "") -> str:
     if not values:
         return "-"
-    scale, digits = (1, 4) if measure == LOSS else (100, 1)
-    mean = f"{scale * fmean(values):.{digits}f}"
-    unit = "" if measure == LOSS else " %"
-    return mean + (f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else "") + unit
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "") + unit
 
 
 def _seconds(run: Run, train: Mapping[str, Any]) -> float:

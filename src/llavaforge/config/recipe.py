@@ -93,6 +93,26 @@ def one_stage(values: Mapping[str, Any], name: str | None, where: str) -> dict[s
     return stages[chosen]
 
 
+def check_own_model(values: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> None:
+    """Check that the stage that is chosen names the model it begins with, where `train` would take the one before's.
+
+    Args:
+        values: of the recipe, without the flags.
+        flags: `stage` among them.
+        where: what to call the recipe in messages.
+
+    Raises:
+        UserError: it does not.
+    """
+    chosen, stages = flags.get("stage", values.get("stage")), values.get("stages") or []
+    names = [name for name, _ in stage_values(values, where)]
+    if chosen in names[1:] and "model_name_or_path" not in flags.keys() | stages[names.index(chosen)].keys():
+        raise UserError(
+            f"{where}: stage {chosen!r} goes on from what {names[names.index(chosen) - 1]!r} leaves. Train that, and "
+            "name its model with --model_name_or_path (its `final`, or after a LoRA its `merged`)."
+        )
+
+
 def training_stages(config: TrainConfig) -> list[TrainConfig]:
     """Return the runs of a training: `output_dir/<name>` each, each starting from the model that the one before leaves.
 
