@@ -180,8 +180,8 @@ class CompareResult(TypedDict):
     """Runs of all variants and seeds."""
     num_trained: int
     """How many of them this start has trained; the others were there."""
-    best: str
-    """The variant with the lowest mean held-out loss, by however little."""
+    best: str | None
+    """The variant with the lowest mean held-out loss, by however little; None where no loss is finite."""
     variants: dict[str, dict[str, Any]]
     """By name: what learns, its steps, and the mean over seeds and the spread (standard deviation) of each measure."""
     differences: list[dict[str, Any]]

@@ -85,8 +85,9 @@ def summarize(comparison: Comparison, report: Path, num_trained: int) -> Compare
             "num_samples": next(iter(mine)).num_steps * variant.batch_size,
         }
         for name, of_variants in measures.items():
-            values = list(of_variants[variant.name].values())
-            summary |= {name: fmean(values), f"{name}_spread": stdev(values) if len(values) > 1 else None}
+            values = list(of_variants.get(variant.name, {}).values())
+            summary[name] = fmean(values) if values else None  # of none of its models is the loss finite
+            summary[f"{name}_spread"] = stdev(values) if len(values) > 1 else None
         for name in ("samples_per_s", "peak_memory_bytes"):
             summary[name] = fmean(result["train"][name] for result in mine.values())
         variants[variant.name] = summary
@@ -95,7 +96,7 @@ def summarize(comparison: Comparison, report: Path, num_trained: int) -> Compare
         "report": str(report),
         "num_runs": len(comparison.runs),
         "num_trained": num_trained,
-        "best": min(variants, key=lambda name: variants[name][LOSS]),
+        "best": min(measures.get(LOSS, {}), key=lambda name: variants[name][LOSS], default=None),
         "variants": variants,
         "differences": [asdict(one) | {"verdict": one.verdict} for one in compare_all(measures)],
     }
@@ -141,7 +142,7 @@ def in_words(one: Difference) -> str:
     text = f"{better} has a {how} {title} than {worse}, by {_amount(one.measure, mean)}"
     if low is None or high is None or one.p is None or one.p_among_all is None:
         return text + (f" with each of {one.num_seeds} seeds." if one.num_seeds > 1 else ".")
-    interval = f"{_amount(one.measure, low)} to {_amount(one.measure, high)}"
+    interval = f"{_amount(one.measure, low).removesuffix(' points')} to {_amount(one.measure, high)}"
     return f"{text} (95 % interval {interval}; p = {one.p:.2g}, among all comparisons {one.p_among_all:.2g})."
 
 
@@ -227,7 +228,7 @@ def _notes(comparison: Comparison, results: Mapping[Run, dict[str, Any]]) -> lis
         notes.append(
             "The budget is minutes: a rehearsal of twelve steps measured a variant's step, and its number of steps was "
             "fixed by that once (compare.json), so that the runs can be repeated. What they took in the end is in the "
-            "table. Layers are not compiled unless the recipe says `compile: true`."
+            "table. Layers are not compiled unless the recipe says so (compile: true)."
         )
     if len({(one.identity["held-out data"], one.identity["prompt_style"]) for one in variants}) > 1:
         notes.append(

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from llavaforge.errors import RunFailed, UserError
 from llavaforge.files import replace_text, to_json
 from llavaforge.folders import differences
 from llavaforge.processes.workers import num_cores
-from llavaforge.training.metrics import read_metrics
+from llavaforge.training.metrics import METRICS, read_metrics
 from llavaforge.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ RUNS = "runs"
 _REHEARSALS = "rehearsals"
 _REHEARSED_STEPS, _FIRST_STEPS = 12, 2  # the first ones allocate memory and fill caches: they are not counted
 _NUM_CURVE_POINTS = 10
+_LONGEST_LINES = 8192  # bytes that surely hold a whole line of metrics.jsonl
 _NUM_ANSWERS = 8  # where no metric asks for more
 _EVALUATION, _ANSWERS = "-evaluation", "-answers"
 _INPUT_AT_FAULT = 2
@@ -186,11 +188,15 @@ def _train(recipe: Path, values: dict[str, Any], log: Path, name: str, stop: Sto
     if (folder / FINAL).is_dir() and not differences(folder / FINAL):
         return  # only the evaluation was interrupted: it says which run it measures
 
-    def look() -> None:
-        lines = read_metrics(folder)
-        watch(lines[-1]["step"] if lines else 0)
+    _checked(run_child(["train", str(recipe)], log, stop, lambda: watch(_steps_done(folder))), log, name)
 
-    _checked(run_child(["train", str(recipe)], log, stop, look), log, name)
+
+def _steps_done(folder: Path) -> int:
+    """Return the step of the last whole line of metrics.jsonl, however long that is by now."""
+    with suppress(OSError, ValueError, LookupError), (folder / METRICS).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINES))
+        return int(json.loads(file.read().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])
+    return 0
 
 
 def _checked(exit_code: int, log: Path, name: str) -> None:

@@ -25,7 +25,7 @@ from llavaforge.errors import UserError
 from llavaforge.files import to_json
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import load_without_weights
-from llavaforge.model.trainable import set_trainable
+from llavaforge.model.trainable import learning_rate, set_trainable
 from llavaforge.training.opening import open_data
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Variant:
         values: its whole recipe, but for what each run gets (seed, folder, length).
         batch_size: samples per step.
         learning: number of parameters that learn, by part.
+        rates: their peak learning rates, by part.
         num_parameters: of the whole model.
         flops_per_sample: model FLOPs of the mean sample in training.
         memory_bytes: what the weights and the optimizer take, without activations.
@@ -61,6 +62,7 @@ class Variant:
     values: dict[str, Any]
     batch_size: int
     learning: dict[str, int]
+    rates: dict[str, float]
     num_parameters: int
     flops_per_sample: float
     memory_bytes: float
@@ -146,6 +148,7 @@ def _open(config: CompareConfig, name: str, overrides: Mapping[str, Any]) -> Var
         values=values,
         batch_size=batch_size,
         learning={part: sum(one.numel() for one in those.values()) for part, those in learning.items()},
+        rates={part: learning_rate(train, part) for part in learning},
         num_parameters=counts.total,
         flops_per_sample=float(costs[data.mixture.all_rows].mean()),
         memory_bytes=memory.total,
