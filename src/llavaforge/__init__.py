@@ -624,7 +624,20 @@ def compare(
     budget_minutes: float | None = None,
     budget_flops: float | None = None,
     max_eval_samples: int | None = None,
-    metrics: Sequence[Literal["auto", "none", "exact_match", "yes_no", "multiple_choice", "anls"]] = ("auto",),
+    metrics: Sequence[
+        Literal[
+            "auto",
+            "none",
+            "vqa",
+            "exact_match",
+            "yes_no",
+            "multiple_choice",
+            "multiple_choice_likelihood",
+            "anls",
+            "cider",
+            "bleu",
+        ]
+    ] = ("auto",),
     max_new_tokens: int = 32,
 ) -> CompareResult:
     """Train in several ways under one budget, each with several seeds, and say what differs.

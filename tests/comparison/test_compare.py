@@ -214,11 +214,12 @@ def spent_flops(folder: Path, name: str) -> float:
     return float(json.loads(state.read_text())["model_flops"])
 
 
-def test_a_budget_of_minutes_is_rehearsed_once(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_budget_of_minutes_is_rehearsed_once_and_captions_have_no_metric_but_are_shown(
+    recipe: Recipe, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "minutes"
-    changes = {"seeds": [0], "budget_samples": None, "budget_minutes": 0.003, "metrics": ["none"]}
+    changes = {"seeds": [0], "budget_samples": None, "budget_minutes": 0.003}
+    changes |= {"data_path": str(shapes / "train"), "eval_data_path": str(shapes / "heldout")}  # captions
     assert main(recipe(folder, **changes)) == 0
     told = last_line(capsys)
     plan = json.loads((folder / "compare.json").read_text())["variants"]
@@ -229,7 +230,10 @@ def test_a_budget_of_minutes_is_rehearsed_once(
     before = starts(folder)
     assert main(recipe(folder, **changes)) == 0
     assert starts(folder) == before  # the steps of the first start, whatever a step takes now
-    assert "rehearsal of twelve steps" in (folder / "report.html").read_text()
+    page = Page((folder / "report.html").read_text())
+    assert "rehearsal of twelve steps" in page.text
+    assert {one["measure"] for one in told["differences"]} == {"loss"}
+    assert "Sample answers" in page.text and 4 <= page.tags.count("img") <= 8
 
 
 def test_a_budget_of_flops_gives_each_its_own_steps_and_a_run_that_fails_does_not_stop_the_others(

@@ -3,24 +3,21 @@
 Comes in: finished runs. Goes out: a `Card` for each record.
 """
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from llavaforge.comparison.runs import Run
 from llavaforge.data.load.loader import BadImage, PackDataset
 from llavaforge.data.storage.image_ref import short
 from llavaforge.report.glyphs import visible
+from llavaforge.report.pictures import thumbnail_url
 
 _NUM_DIFFERENT, _NUM_EVENLY = 4, 4
 _LONGEST_TEXT = 600
-_LARGEST_SIDE = 192  # pixels; a photo of that size takes 10 KB
 
 
 @dataclass(frozen=True)
@@ -98,13 +95,6 @@ def _shown(text: str) -> str:
 def _pictures(dataset: PackDataset, number: int) -> list[str]:
     """Return a record's images as the model sees them, made small; none where one cannot be read any more."""
     try:
-        pixels = dataset.pixels(dataset.index.row(number))
+        return [thumbnail_url(pixels_CHW) for pixels_CHW in dataset.pixels(dataset.index.row(number))]
     except BadImage:
         return []
-    urls = []
-    for pixels_CHW in pixels:
-        image, file = Image.fromarray(np.asarray(pixels_CHW).transpose(1, 2, 0)), io.BytesIO()
-        image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
-        image.save(file, "JPEG", quality=90)
-        urls.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
-    return urls

@@ -23,6 +23,8 @@ from llavaforge.results import CompareResult
 
 OWN = OWN_PAGE
 LOSS = "loss"
+_BLEU = "bleu_4"  # of all answers together: it has no interval over samples
+_NOT_SHARES = (LOSS, "cider")  # from 0 to 10; all others from 0 to 1
 _GB = 1e9
 Values = dict[str, dict[int, float]]  # of one measure, by variant and seed
 
@@ -147,7 +149,7 @@ def in_words(one: Difference) -> str:
 
 
 def _amount(measure: str, value: float) -> str:
-    return f"{value:.4f}" if measure == LOSS else f"{100 * value:.1f} points"
+    return f"{value:.4f}" if measure in _NOT_SHARES else f"{100 * value:.1f} points"
 
 
 def _title(measure: str) -> str:
@@ -157,8 +159,9 @@ def _title(measure: str) -> str:
 def _measures(results: Mapping[Run, dict[str, Any]]) -> dict[str, Values]:
     """Return every measure that all runs have, by variant and seed; the loss first."""
     measures: dict[str, Values] = {}
-    of_runs = [result["evaluation"]["intervals"] for result in results.values()]
-    for name in (name for name in (of_runs[0] if of_runs else ()) if all(name in one for one in of_runs)):
+    of_runs = [result["evaluation"] for result in results.values()]
+    names = [*of_runs[0]["intervals"], _BLEU] if of_runs else []
+    for name in (name for name in names if all(name in one for one in of_runs)):
         for run, result in results.items():
             if (value := result["evaluation"][name]) is not None:  # a loss that is not finite
                 measures.setdefault(name, {}).setdefault(run.variant.name, {})[run.seed] = value
@@ -184,7 +187,9 @@ def _row(
 
 
 def _measured(measure: str, values: Sequence[float]) -> str:
-    return _mean_and_spread(values, 4) if measure == LOSS else _mean_and_spread([100 * one for one in values], 1, " %")
+    if measure in _NOT_SHARES:
+        return _mean_and_spread(values, 4)
+    return _mean_and_spread([100 * one for one in values], 1, " %")
 
 
 def _mean_and_spread(values: Sequence[float], digits: int, unit: str = "") -> str:
@@ -255,7 +260,7 @@ def _charts(
     samples, minutes, memory = ("samples", "minutes of training", "peak memory, GB")
     charts = []
     for measure, values in measures.items():
-        scale = 1 if measure == LOSS else 100
+        scale = 1 if measure in _NOT_SHARES else 100
         of_runs = {
             run: scale * values[run.variant.name][run.seed]
             for run in results
@@ -273,6 +278,6 @@ def _charts(
                 panels[minutes].append(Line(number, run.name, [point["seconds"] / 60 for point in curve], losses))
         title = _title(measure)
         title = title[0].upper() + title[1:] + ", each run"
-        label = _title(measure) + ("" if measure == LOSS else ", %")
+        label = _title(measure) + ("" if measure in _NOT_SHARES else ", %")
         charts.append(draw(title, label, [Panel(name, lines) for name, lines in panels.items()]))
     return charts
