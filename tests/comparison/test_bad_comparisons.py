@@ -1,5 +1,6 @@
 """Bad input of `compare`: exit code 2, what to do, and nothing trained."""
 
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def test_folders_of_others_stay_as_they_are(
     (tmp_path / "out" / "thesis.txt").rename(tmp_path / "out" / "compare.json")
     assert main(words) == 2
     assert "compare.json: cannot be read" in capsys.readouterr().err
+
+
+def test_two_comparisons_in_one_folder(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".llavaforge.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(write(tmp_path, tiny_llava, shapes)) == 2
+    assert "another process is comparing here" in capsys.readouterr().err
 
 
 def test_the_stage_of_a_recipe_is_chosen_by_name(

@@ -226,7 +226,7 @@ def test_a_budget_of_minutes_is_rehearsed_once_and_captions_have_no_metric_but_a
     for name in VARIANTS:
         steps = int(0.18 // plan[name]["step_time_s"])
         assert told["variants"][name]["num_steps"] == plan[name]["num_steps"] == steps > 0
-    assert not list((folder / "rehearsals").iterdir())
+    assert not list((folder / ".llavaforge-rehearsals").iterdir())
     before = starts(folder)
     assert main(recipe(folder, **changes)) == 0
     assert starts(folder) == before  # the steps of the first start, whatever a step takes now

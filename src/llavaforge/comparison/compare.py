@@ -13,6 +13,7 @@ seed -> tell which differences exceed the spread over seeds.
 import fcntl
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,9 +92,9 @@ def _do_all(comparison: Comparison, report: Path, stop: StopRequest) -> int:
                 result = run.do(stop, watch)
                 num_trained += 1
                 told = "%s: held-out loss %.4f after %d samples, %.1f samples/s"
+                loss, speed = result["evaluation"]["loss"], result["train"]["samples_per_s"]
                 samples = run.num_steps * run.variant.batch_size
-                speed = result["train"]["samples_per_s"]
-                logger.info(told, run.name, result["evaluation"]["loss"], samples, speed)
+                logger.info(told, run.name, math.nan if loss is None else loss, samples, speed)
             except RunFailed as error:  # of memory, say: the others may still go
                 comparison.failed[run.name] = str(error)
                 logger.error("%s", error)

@@ -30,7 +30,7 @@ from llavaforge.config.recipe import FINAL
 from llavaforge.config.schema import CompareConfig
 from llavaforge.device import pick_device
 from llavaforge.errors import RunFailed, UserError
-from llavaforge.files import replace_text, to_json
+from llavaforge.files import PREFIX, replace_text, to_json
 from llavaforge.folders import differences
 from llavaforge.processes.workers import num_cores
 from llavaforge.training.metrics import METRICS, read_metrics
@@ -39,7 +39,7 @@ from llavaforge.training.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 RUNS = "runs"
-_REHEARSALS = "rehearsals"
+_REHEARSALS = f"{PREFIX}-rehearsals"
 _REHEARSED_STEPS, _FIRST_STEPS = 12, 2  # the first ones allocate memory and fill caches: they are not counted
 _NUM_CURVE_POINTS = 10
 _LONGEST_LINES = 8192  # bytes that surely hold a whole line of metrics.jsonl
