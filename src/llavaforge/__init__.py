@@ -585,6 +585,25 @@ def compare(
     on_bad_sample: Literal["stop", "skip"] = "stop",
     max_bad_samples: int = 100,
     eval_steps: int = 0,
+    eval_generate_samples: int = 0,
+    eval_metrics: Sequence[
+        Literal[
+            "auto",
+            "none",
+            "vqa",
+            "exact_match",
+            "yes_no",
+            "multiple_choice",
+            "multiple_choice_likelihood",
+            "anls",
+            "cider",
+            "bleu",
+        ]
+    ] = ("auto",),
+    eval_max_new_tokens: int = 32,
+    metric_for_best_model: str = "eval_loss",
+    load_best_model_at_end: bool = False,
+    early_stopping_patience: int = 0,
     num_train_epochs: float = 1.0,
     max_steps: int = 0,
     learning_rate: float | None = None,
@@ -612,7 +631,7 @@ def compare(
     save_total_limit: int = 2,
     on_save_error: Literal["stop", "continue"] = "stop",
     logging_steps: int = 1,
-    report_to: Literal["none", "tensorboard"] = "none",
+    report_to: Sequence[Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]] = ("none",),
     profile: bool = False,
     resume_from_checkpoint: Literal["auto"] | str | Path = "auto",
     allow_changes: Sequence[str] = (),
@@ -685,6 +704,14 @@ def compare(
             bad_samples.jsonl.
         max_bad_samples: With `skip`: stop when more than so many were left out.
         eval_steps: Held-out loss every so many steps (0: only at the end).
+        eval_generate_samples: With the held-out loss, answer so many held-out samples, the same each time
+            (`eval_answers.jsonl`).
+        eval_metrics: What is measured of these answers, as in `evaluate --metrics`; in metrics.jsonl under `eval_NAME`.
+        eval_max_new_tokens: Longest answer that is generated for it.
+        metric_for_best_model: What says which step is best: `eval_loss` (lowest), or `eval_NAME` of a metric in
+            `eval_metrics` (highest).
+        load_best_model_at_end: Keep a checkpoint of the best evaluation so far, and make it the finished model.
+        early_stopping_patience: End the run after so many evaluations in a row without a better one (0: never).
         num_train_epochs: Passes over the data (ignored when `max_steps` is given). Raise it to go on with a finished
             run.
         max_steps: Number of optimizer steps; 0 derives it from `num_train_epochs`. Raise it to go on with a finished
@@ -725,7 +752,7 @@ def compare(
         save_total_limit: Newest checkpoints kept.
         on_save_error: When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it.
         logging_steps: A line of metrics.jsonl every so many steps.
-        report_to: Where metrics go besides metrics.jsonl.
+        report_to: Where metrics go besides metrics.jsonl and report.html; several names, or one.
         profile: Record steps 3 to 5: a trace for Perfetto and a table of operations go to `output_dir/profile`.
         resume_from_checkpoint: `auto` goes on from the newest valid checkpoint of `output_dir`; a path names one.
         allow_changes: Names of what identifies a run and may differ from before when it goes on, such as seed, data,

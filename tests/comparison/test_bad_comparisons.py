@@ -47,6 +47,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a variant's bad value": ({"variants": {"a": LORA, "b": {"lora_r": -1}}}, "variants, b: `lora_r` = -1"),
     "a variant's own seed": ({"variants": {"a": LORA, "b": {"seed": 1}}}, "`seed` is the same for all"),
     "a variant's own length": ({"variants": {"a": LORA, "b": {"max_steps": 9}}}, "by the budget"),
+    "a variant that ends early": (
+        {"variants": {"a": LORA, "b": {"early_stopping_patience": 2}}},
+        "would end a run before its budget",
+    ),
     "a seed twice": ({"seeds": [0, 0]}, "each is trained once"),
     "no seed": ({"seeds": []}, "at least 1 item"),
     "an unknown key": ({"sedes": [0]}, "Did you mean `seeds`?"),

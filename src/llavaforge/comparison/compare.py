@@ -23,7 +23,7 @@ from llavaforge.comparison.child import prepare_children
 from llavaforge.comparison.report import OWN, Comparison, summarize, write_report
 from llavaforge.comparison.runs import RUNS, Run, rehearse
 from llavaforge.comparison.variants import Variant, budget_of, open_variants
-from llavaforge.config.schema import CompareConfig
+from llavaforge.config.schema import OF_COMPARISON, CompareConfig
 from llavaforge.errors import RunFailed, UserError, reading
 from llavaforge.files import PREFIX, check_own, replace_text, to_json
 from llavaforge.processes.launch import num_processes
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 _PLAN = "compare.json"
-_IGNORED = ("seed", "max_steps", "num_train_epochs", "resume_from_checkpoint", "allow_changes")
+_NEEDED = ("output_dir", "eval_data_path", "validation_split", "stages", "eval_data")  # of what is the same for all
 
 
 def compare(config: CompareConfig) -> CompareResult:
@@ -52,8 +52,8 @@ def compare(config: CompareConfig) -> CompareResult:
     """
     if num_processes() > 1:
         raise UserError("compare: its runs take one process each. Start it without torchrun or srun.")
-    if ignored := [name for name in _IGNORED if name in config.model_fields_set]:
-        logger.info("the recipe's %s: not used, since the seeds and the budget decide", " and ".join(ignored))
+    for name in sorted(config.model_fields_set & OF_COMPARISON.keys() - set(_NEEDED)):
+        logger.info("the recipe's %s is not used: it is the same for all, %s", name, OF_COMPARISON[name])
     with StopRequest() as stop, _claimed(config.output_dir):
         prepare_children()
         variants, left_out = open_variants(config)

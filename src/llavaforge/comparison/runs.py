@@ -159,6 +159,7 @@ def rehearse(config: CompareConfig, variant: Variant, stop: StopRequest, watch: 
         "max_steps": _REHEARSED_STEPS,
         "save_steps": 0,
         "eval_steps": 0,
+        "eval_generate_samples": 0,
         "eval_data": [],
     }
     name = f"rehearsal of {variant.name}"

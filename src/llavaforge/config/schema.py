@@ -41,6 +41,8 @@ OF_COMPARISON = {
     "stages": "since a variant is one stage",
     **dict.fromkeys(("max_steps", "num_train_epochs"), "by the budget"),
     **dict.fromkeys(("eval_data_path", "eval_data", "validation_split"), "so that losses can be compared"),
+    "early_stopping_patience": "which would end a run before its budget",
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "and takes each run's last model"),
     **dict.fromkeys(("resume_from_checkpoint", "allow_changes"), "since each run goes on from its own checkpoint"),
 }
 """Options of `train` that no variant of a comparison may have, and why: `compare` sets them."""
