@@ -894,17 +894,22 @@ def export(
     output_dir: str | Path,
     base_model: str | Path | None = None,
     overwrite: bool = False,
+    format: Literal["transformers", "gguf"] = "transformers",
+    gguf_type: Literal["auto", "f32", "f16", "bf16"] = "auto",
 ) -> ExportResult:
-    """Turn a checkpoint or a finished run into a plain transformers folder, and verify it.
+    """Turn a checkpoint or a finished run into a folder for plain transformers or llama.cpp, and verify it.
 
     Args:
         checkpoint: A run's `checkpoint-N` or `final`.
         output_dir: Where the exported model is written.
         base_model: Folder of the model that the run started from, when it is no longer where it was.
         overwrite: Replace a non-empty output folder.
+        format: `gguf`: `model.gguf` and `mmproj.gguf` for llama.cpp, and a Modelfile for Ollama; needs `pip install
+            'llavaforge[gguf]'`.
+        gguf_type: Type of the matrices in GGUF files; `auto`: the model's own, so that nothing is rounded.
 
     Returns:
-        The keys of `ExportResult`: `output_dir`, `max_logit_difference`.
+        The keys of `ExportResult`: `output_dir`, `max_logit_difference`, `max_embedding_difference`.
 
     Raises:
         UserError: An option, or what it points at, is at fault; the message says how to mend it.

@@ -79,7 +79,9 @@ VERBS: dict[str, Verb] = {
     ),
     "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss, and metrics of answers"),
     "chat": Verb("ChatConfig", "inference.chat:chat", "ask a model about an image"),
-    "export": Verb("ExportConfig", "inference.export:export", "merge and verify a plain transformers folder"),
+    "export": Verb(
+        "ExportConfig", "inference.export:export", "merge and verify a folder for plain transformers or llama.cpp"
+    ),
     "env": Verb("EnvConfig", "machine.check:env", "show this machine, and prove that it trains", fails_on="num_failed"),
     "slurm": Verb("SlurmConfig", "sbatch:slurm", "write an sbatch script for a recipe"),
 }
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Let libraries say only what concerns a user."""
-    for noisy in ("httpx", "matplotlib", "DeepSpeed"):
+    for noisy in ("httpx", "matplotlib", "DeepSpeed", "gguf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for warns in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when peft imports torchao
         logging.getLogger(warns).setLevel(logging.ERROR)

@@ -218,6 +218,8 @@ class ExportResult(TypedDict):
     """Folder of the exported model."""
     max_logit_difference: float
     """Largest difference between its logits under plain transformers and those of the trained model."""
+    max_embedding_difference: float | None
+    """Largest difference between an image embedding of `mmproj.gguf` and plain transformers'; None without GGUF."""
 
 
 class SlurmResult(TypedDict):

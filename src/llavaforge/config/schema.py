@@ -598,7 +598,7 @@ class ChatConfig(Schema):
 
 
 class ExportConfig(Schema):
-    """Turn a checkpoint or a finished run into a plain transformers folder, and verify it."""
+    """Turn a checkpoint or a finished run into a folder for plain transformers or llama.cpp, and verify it."""
 
     checkpoint: Path
     """A run's `checkpoint-N` or `final`."""
@@ -608,6 +608,11 @@ class ExportConfig(Schema):
     """Folder of the model that the run started from, when it is no longer where it was."""
     overwrite: bool = False
     """Replace a non-empty output folder."""
+    format: Literal["transformers", "gguf"] = "transformers"
+    """`gguf`: `model.gguf` and `mmproj.gguf` for llama.cpp, and a Modelfile for Ollama; needs
+    `pip install 'llavaforge[gguf]'`."""
+    gguf_type: Literal["auto", "f32", "f16", "bf16"] = "auto"
+    """Type of the matrices in GGUF files; `auto`: the model's own, so that nothing is rounded."""
 
 
 class SlurmConfig(Schema):

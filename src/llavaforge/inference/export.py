@@ -1,12 +1,15 @@
 """`llavaforge export`: from a checkpoint to a plain transformers folder that is proved to be the trained model.
 
 Comes in: a checkpoint-N or a `final`. Goes out: a model folder, and the largest difference between its logits under
-plain transformers and those of the trained model (LoRA unmerged), while both answer real samples.
+plain transformers and those of the trained model (LoRA unmerged), while both answer real samples. With `--format gguf`
+that folder is the way to one for llama.cpp, whose tensors and image embeddings are proved to be its.
 """
 
 import gc
 import logging
+import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llavaforge.checkpoint.state import load_run
-from llavaforge.checkpoint.trained import merge, open_model, own_run, read_trained
+from llavaforge.checkpoint.trained import Trained, merge, open_model, own_run, read_trained
 from llavaforge.config.schema import DataEntry, ExportConfig
 from llavaforge.data.faults import RecordError
 from llavaforge.data.index.prepare import records_of
@@ -27,6 +30,7 @@ from llavaforge.data.rows.sources import Source, find_source
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
 from llavaforge.errors import UserError
 from llavaforge.files import cache_dir
+from llavaforge.folders import publishing
 from llavaforge.model_folder.card import RUN
 from llavaforge.model_folder.verify import load_verified
 from llavaforge.model_folder.write import check_output_dir, update_model_folder
@@ -46,11 +50,12 @@ def export(config: ExportConfig) -> ExportResult:
     """Write and verify the exported model.
 
     Returns:
-        output_dir, max_logit_difference.
+        output_dir, max_logit_difference, max_embedding_difference.
 
     Raises:
-        UserError: the checkpoint is at fault, or `output_dir` is not empty.
-        RuntimeError: the exported folder does not compute what was trained; it is left in place for inspection.
+        UserError: the checkpoint is at fault, `output_dir` is not empty, or GGUF cannot hold such a model.
+        RuntimeError: the exported folder does not compute what was trained. As a transformers folder it is left in
+            place for inspection.
     """
     check_output_dir(config.output_dir, config.overwrite, [config.checkpoint])
     trained = read_trained(config.checkpoint, config.base_model) if config.checkpoint.is_dir() else None
@@ -58,20 +63,48 @@ def export(config: ExportConfig) -> ExportResult:
         raise UserError(f"{config.checkpoint}: neither a checkpoint-N nor a final. Give one of a run's output_dir.")
     if trained is not None:
         check_output_dir(config.output_dir, config.overwrite, [trained.base])
+    if config.format == "transformers":
+        difference = _export_transformers(config, trained, config.output_dir, overwrite=config.overwrite)
+        return _result(config, difference, None)
+    if find_spec("gguf") is None:
+        raise UserError("--format gguf needs the gguf package: pip install 'llavaforge[gguf]'.")
+    from llavaforge.gguf.folder import check_gguf, write_gguf_folder
+
+    check_gguf(config.checkpoint if trained is None else trained.base)
+    with publishing(config.output_dir, overwrite=config.overwrite) as folder:
+        plain = folder / "transformers"
+        difference = _export_transformers(config, trained, plain)
+        embedding_difference = write_gguf_folder(folder, plain, config.gguf_type)
+        shutil.rmtree(plain)
+    return _result(config, difference, embedding_difference)
+
+
+def _result(config: ExportConfig, difference: float, embedding_difference: float | None) -> ExportResult:
+    return {
+        "output_dir": str(config.output_dir),
+        "max_logit_difference": difference,
+        "max_embedding_difference": embedding_difference,
+    }
+
+
+def _export_transformers(
+    config: ExportConfig, trained: Trained | None, output_dir: Path, overwrite: bool = False
+) -> float:
+    """Write and verify a plain transformers folder; return the largest difference of a logit."""
     model = open_model(str(config.checkpoint), config.base_model).model  # before anything is written: does it fit?
     if trained is None:
-        update_model_folder(config.output_dir, config.checkpoint, {}, overwrite=config.overwrite)
+        update_model_folder(output_dir, config.checkpoint, {}, overwrite=overwrite)
     else:
-        merge(config.output_dir, trained, overwrite=config.overwrite)
-    processor, samples = AutoProcessor.from_pretrained(config.output_dir), _samples(config.checkpoint)
+        merge(output_dir, trained, overwrite=overwrite)
+    processor, samples = AutoProcessor.from_pretrained(output_dir), _samples(config.checkpoint)
     expected = [_generate(processor, model, [sample]) for sample in samples]
     bound = _BOUND[model.lm_head.weight.dtype] * max(1.0, *(float(answer.logits.abs().max()) for answer in expected))
     del model
     gc.collect()  # one model at a time
-    exported = load_verified(config.output_dir)
+    exported = load_verified(output_dir)
     found = [_generate(processor, exported, [sample]) for sample in samples]
     difference = max(
-        _compare(config.output_dir, "the answer to {!r} is not the trained model's", sample, one, other, bound)
+        _compare(output_dir, "the answer to {!r} is not the trained model's", sample, one, other, bound)
         for sample, one, other in zip(samples, expected, found, strict=True)
     )
     logger.info(
@@ -79,8 +112,8 @@ def export(config: ExportConfig) -> ExportResult:
         "%.2g in %s)",
         *(len(samples), difference, bound, str(exported.dtype).removeprefix("torch.")),
     )
-    check_batch(config.output_dir, exported, samples, found, bound)
-    return {"output_dir": str(config.output_dir), "max_logit_difference": difference}
+    check_batch(output_dir, exported, samples, found, bound)
+    return difference
 
 
 def check_batch(folder: Path, model: Any, samples: Sequence["Sample"], alone: Sequence["Answer"], bound: float) -> None:

@@ -55,6 +55,30 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 A single image comes before the words, as in training; the chat template puts it there.
 """
+_GGUF_USE = """\
+```
+llama-server -m model.gguf --mmproj mmproj.gguf --jinja
+llama-mtmd-cli -m model.gguf --mmproj mmproj.gguf --jinja --image photo.jpg -p "What is in the image?"
+ollama create NAME -f Modelfile
+```
+
+The weights are {dtype}; `llama-quantize model.gguf smaller.gguf Q4_K_M` makes the language model smaller.
+
+## What llama.cpp does otherwise
+
+{points}
+
+Ollama puts an image right before the words, without the newline of training: begin the words with one.
+"""
+_CLASS_TOKEN = (
+    "Since May 2025 llama.cpp puts a CLIP's class token after the patches, but takes positions and patches as if it "
+    "came first (its issue 25814): every patch gets its neighbour's position, and the first one is lost. Some answers "
+    "differ for it until that is mended (its pull request 25844); the file is written for the right order."
+)
+_LETTERBOX = "An image that is no square gets grey-brown bars (122, 116, 104) at two sides and is seen whole; {ours}"
+_GELU = "GELU is computed in its tanh form: embeddings differ in the third or fourth digit."
+_NORMALIZER = "Text is not put into Unicode's NFC form: letters and their accents have to be typed as one character."
+
 # Of a run's options, those that say what was learnt and how.
 _SHOWN = (
     *("train_type", "prompt_style", "system_prompt", "max_length", "global_batch_size", "num_train_epochs"),
@@ -132,6 +156,44 @@ def adapter_card(base_model: str, parts: Mapping[str, Any] | None, run: Mapping[
     )
     front = _front("peft", _public(parts), _license(parts))
     return "\n".join([front, about, _USE.format(opened=_OPENED["adapter"]), *_origins(parts), *_training(run)])
+
+
+def gguf_card(
+    config: LlavaConfig,
+    image_processor: Any,
+    dtype: str,
+    parts: Mapping[str, Any] | None,
+    run: Mapping[str, Any] | None,
+) -> str:
+    """Return the text of the `README.md` of a folder for llama.cpp.
+
+    Args:
+        config: of the model.
+        image_processor: of the model: whether it pads, crops or squeezes what is no square.
+        dtype: of the matrices, for people.
+        parts: as in `model_card`.
+        run: as in `model_card`.
+    """
+    vision = config.vision_config
+    about = (
+        f"A LLaVA made with llavaforge, for llama.cpp: `model.gguf` is the `{config.text_config.model_type}` language "
+        f"model, `mmproj.gguf` the `{vision.model_type}` vision tower ({vision.image_size} pixels) up to the layer "
+        "that is read, and the projector.\n"
+    )
+    points = [_CLASS_TOKEN] if vision.model_type == "clip_vision_model" else []
+    points += [_LETTERBOX.format(ours=_seen(image_processor)), _GELU, _NORMALIZER]
+    use = _GGUF_USE.format(dtype=dtype, points="\n".join(f"* {point}" for point in points))
+    front = _front("gguf", _public(parts), _license(parts))
+    return "\n".join([front, about, use, *_origins(parts), *_training(run)])
+
+
+def _seen(image_processor: Any) -> str:
+    """Say what training did with an image that is no square."""
+    if getattr(image_processor, "do_pad", False):
+        return "as in training, but for the bars' colour where the tower's mean is another."
+    if getattr(image_processor, "do_center_crop", False):
+        return "training saw its middle square. Cut it out yourself."
+    return "training squeezed it into a square. Resize it to one yourself."
 
 
 def _front(library: str, base_model: list[str], license_: str | None) -> str:

@@ -56,6 +56,7 @@ _PREAMBLE = """\
 {%- endfor -%}
 {%- set messages = llavaforge.messages %}
 """
+_BEGIN, _END = "{#- llavaforge:", "{%- set messages = llavaforge.messages %}\n"
 _AS_STRINGS = _PREAMBLE.replace("CONTENT", "llavaforge.text")
 # For templates that know lists alone and drop strings in silence, such as llava-hf's own.
 _AS_LISTS = _PREAMBLE.replace("CONTENT", "[{'type': 'text', 'text': llavaforge.text}]")
@@ -98,7 +99,7 @@ def accepting_strings_and_lists(template: str, tokens: Mapping[str, str]) -> str
     text = "probe\nprobe"
     image, words = {"type": "image"}, {"type": "text", "text": text}
     contents = f"<image>\n{text}", f"{text}\n<image>", [image, words], [words, image]
-    first, *others = (_render(template, [{"role": "user", "content": content}], tokens) for content in contents)
+    first, *others = (render(template, [{"role": "user", "content": content}], tokens) for content in contents)
     knows_strings = first is not None and text in first and "<image>" in first
     if knows_strings and all(other == first for other in others):
         return template
@@ -113,16 +114,16 @@ def beginning_as_trained(template: str, tokens: Mapping[str, str]) -> str:
     begins where it never learnt to go on.
     """
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "PROBE"}]
-    trained, served = _render(template, turns, tokens), _render(template, turns[:1], tokens, add_generation_prompt=True)
+    trained, served = render(template, turns, tokens), render(template, turns[:1], tokens, add_generation_prompt=True)
     if trained is None or served is None or served == (begin := trained.partition("PROBE")[0]):
         return template
-    has_it = _render(template, turns[:1], tokens, add_generation_prompt=True, enable_thinking=False) == begin
+    has_it = render(template, turns[:1], tokens, add_generation_prompt=True, enable_thinking=False) == begin
     unless = " and not (enable_thinking is defined and enable_thinking is false)" * has_it
     rest = begin.removeprefix(served).replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     longer = template.removesuffix("\n") + f"{{% if add_generation_prompt{unless} %}}{{{{ '{rest}' }}}}{{% endif %}}"
     if (
-        _render(longer, turns[:1], tokens, add_generation_prompt=True) == begin
-        and _render(longer, turns, tokens) == trained
+        render(longer, turns[:1], tokens, add_generation_prompt=True) == begin
+        and render(longer, turns, tokens) == trained
     ):
         log.info("the template's prompt for an answer gets %r at its end, as in training", begin.removeprefix(served))
         return longer
@@ -139,7 +140,7 @@ def end_of_answer(template: str, tokenizer: Any) -> int | None:
     Training teaches this token; it must stop `generate`, also where the language model's own files name another.
     """
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "PROBE"}]
-    rendered = _render(template, conversation, tokenizer.special_tokens_map)
+    rendered = render(template, conversation, tokenizer.special_tokens_map)
     if rendered is None:
         return None
     rest = rendered.rpartition("PROBE")[2]
@@ -181,9 +182,22 @@ def _limit_memory() -> tuple[int, int] | None:
     return soft, hard
 
 
-def _render(
-    template: str, conversation: list[dict[str, Any]], tokens: Mapping[str, str], **options: bool
-) -> str | None:
+def without_preamble(template: str) -> tuple[str, bool]:
+    """Return a folder's template as the language model had it, and whether it takes lists of texts alone.
+
+    The preamble may be that of another version of llavaforge.
+    """
+    if not template.startswith(_BEGIN):
+        return template, False
+    preamble, _, rest = template.partition(_END)
+    return rest, "'type': 'text'" in preamble
+
+
+def render(template: str, conversation: list[dict[str, Any]], tokens: Mapping[str, str], **options: bool) -> str | None:
+    """Return a conversation as a template writes it; None where the template fails.
+
+    `tokens` are what it may name: `bos_token`, `eos_token`, ...
+    """
     try:
         with bounded_rendering():
             rendered, _ = render_jinja_template([conversation], chat_template=template, **tokens, **options)

@@ -125,8 +125,10 @@ def check_output_dir(output_dir: Path, overwrite: bool, sources: Iterable[Path] 
         return
     if not overwrite:
         raise UserError(f"{output_dir}: is not empty. Give another --output_dir, or --overwrite to replace it.")
-    if not (output_dir / "config.json").is_file():
-        raise UserError(f"{output_dir}: --overwrite replaces a model folder only, and this has no config.json.")
+    if not any((output_dir / name).is_file() for name in ("config.json", "model.gguf")):
+        raise UserError(
+            f"{output_dir}: --overwrite replaces a model folder only, and this has no config.json (nor a model.gguf)."
+        )
     if strangers := not_published(output_dir):
         raise UserError(
             f"{output_dir}: --overwrite replaces only what llavaforge wrote, and this has {', '.join(strangers[:3])}"
