@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -81,10 +81,36 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
-def save_tokenizer(folder: Path, *, chat_template: str | None = CHATML, pad: bool = True) -> PreTrainedTokenizerFast:
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+    r"|\s+"
+)
+
+
+def _split(regex: str) -> pre_tokenizers.PreTokenizer:
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), bytes_alone])
+
+
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PRE_TOKENIZERS: dict[str, pre_tokenizers.PreTokenizer] = {
+    "gpt-2": _GPT2,
+    "qwen2": _split(_QWEN2),
+    "llama-bpe": _split(_LLAMA3),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+}
+"""By llama.cpp's names."""
+
+
+def save_tokenizer(
+    folder: Path, *, chat_template: str | None = CHATML, pad: bool = True, pre_tokenizer: str = "gpt-2"
+) -> PreTrainedTokenizerFast:
     """Save a tokenizer with `<|endoftext|>`, `<|im_start|>` and `<|im_end|>` as ids 300, 301 and 302."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre_tokenizer == "llama-bpe"))
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=NUM_TOKENS, initial_alphabet=alphabet, show_progress=False)

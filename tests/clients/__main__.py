@@ -3,7 +3,8 @@
 Each client gets a virtual environment of its own (kept in `.clients/`, made anew when its packages change) and asks the
 model that `quickstart` trains, from every folder it leaves. Its answers must be those of `llavaforge evaluate`, all of
 them, alone and in a batch, with the image on either side of the words. It takes some minutes and downloads packages, so
-it is no part of `make test`.
+it is no part of `make test`. llama.cpp is built from its sources (`llama_cpp.py`), and is asked about random models of
+all families too.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import source_sha256
+from tests.clients import llama_cpp
 
 ROOT = Path(__file__).parent.parent.parent
 ASK = Path(__file__).parent / "ask.py"
@@ -39,6 +41,7 @@ class Client:
     folders: tuple[str, ...]
 
 
+LLAMA_CPP = "llama.cpp"
 ADAPTER = "train/stage-2-use_lora/final"
 CLIENTS = (
     Client("transformers-4.49", ("transformers==4.49.0", "numpy<2.4", *_TORCH), ("exported",)),
@@ -50,7 +53,8 @@ CLIENTS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the clients; return how many of them answered otherwise."""
     parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
-    parser.add_argument("--client", nargs="+", choices=[client.name for client in CLIENTS], help="only these")
+    names = [*(client.name for client in CLIENTS), LLAMA_CPP]
+    parser.add_argument("--client", nargs="+", choices=names, help="only these")
     chosen, environments = parser.parse_args(arguments).client, ROOT / ".clients"
     trained = environments / f"quickstart-{source_sha256()[:12]}"
     if not (trained / "quickstart.json").is_file():
@@ -68,6 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 num_failed += same < len(expected)
                 versions = f"transformers {found['transformers']}, torch {found['torch']}"
                 print(f"{client.name:<20} {folder:<32} {way:<26} {same} of {len(expected)} as llavaforge ({versions})")
+    if not chosen or LLAMA_CPP in chosen:
+        num_failed += _ask_llama_cpp(environments / LLAMA_CPP, trained)
+    return num_failed
+
+
+def _ask_llama_cpp(environment: Path, trained: Path) -> int:
+    """Print how often llama.cpp answers otherwise; return how often that is our fault."""
+    _environment(environment, llama_cpp.PACKAGES)
+    servers, folder = llama_cpp.build(environment), trained / "gguf"
+    command = [sys.executable, "-m", "llavaforge", "export", "--checkpoint", str(trained / ADAPTER), "--format", "gguf"]
+    _run([*command, "--output_dir", str(folder), "--overwrite"])
+    expected, num_failed = _expected(trained, trained / ADAPTER), 0
+    rows = json.loads((trained / "data" / "heldout" / "questions.json").read_text())[:NUM_QUESTIONS]
+    for name, server in servers.items():
+        for way, answers in llama_cpp.answers(server, folder, rows, trained / "data" / "heldout" / "images").items():
+            same = sum(one == other for one, other in zip(answers, expected, strict=True))
+            num_failed += same < len(expected) and name == llama_cpp.MENDED
+            print(f"{LLAMA_CPP:<20} {name:<32} {way:<26} {same} of {len(expected)} as llavaforge")
+    for name, difference, others in llama_cpp.compare_families(servers[llama_cpp.MENDED], trained / "families"):
+        num_failed += others > 0 or not llama_cpp.is_close(difference)
+        texts = f"{len(llama_cpp.TEXTS) - others} of {len(llama_cpp.TEXTS)} texts tokenised alike"
+        print(f"{LLAMA_CPP:<20} {name:<32} log-probabilities within {difference:.2g}; {texts}")
     return num_failed
 
 

@@ -67,6 +67,14 @@ def test_the_last_checkpoint_and_final_export_the_same_bytes(runs: dict[str, Pat
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_gguf_of_a_lora_equals_gguf_of_its_export(runs: dict[str, Path], tmp_path: Path) -> None:
+    export(ExportConfig(checkpoint=runs["use_lora"] / "final", output_dir=tmp_path / "plain"))
+    for checkpoint, name in ((runs["use_lora"] / "checkpoint-5", "one"), (tmp_path / "plain", "other")):
+        export(ExportConfig(checkpoint=checkpoint, output_dir=tmp_path / name, format="gguf"))
+    for name in ("model.gguf", "mmproj.gguf", "Modelfile"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
 def test_bfloat16_model_exports_within_the_stated_bound(
     tiny_clip: Path, tiny_lm: "object", shapes: Path, tmp_path: Path
 ) -> None:
