@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"config", "processes", "report"},
     {"model_folder"},
     {"data"},
-    {"model", "gguf"},
+    {"model", "gguf_folder"},
     {"engine"},
     {"checkpoint", "answers"},
     {"training", "inference", "data_check", "data_preview", "join", "sbatch"},

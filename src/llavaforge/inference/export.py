@@ -68,7 +68,7 @@ def export(config: ExportConfig) -> ExportResult:
         return _result(config, difference, None)
     if find_spec("gguf") is None:
         raise UserError("--format gguf needs the gguf package: pip install 'llavaforge[gguf]'.")
-    from llavaforge.gguf.folder import check_gguf, write_gguf_folder
+    from llavaforge.gguf_folder.write import check_gguf, write_gguf_folder
 
     check_gguf(config.checkpoint if trained is None else trained.base)
     with publishing(config.output_dir, overwrite=config.overwrite) as folder:

@@ -10,8 +10,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import tiny_parts
 from llavaforge.errors import UserError
-from llavaforge.gguf.chat_template import for_llama_cpp, for_ollama
-from llavaforge.gguf.tokenizer import pre_tokenizer_name, vocabulary
+from llavaforge.gguf_folder.chat_template import for_llama_cpp, for_ollama
+from llavaforge.gguf_folder.tokenizer import pre_tokenizer_name, vocabulary
 from llavaforge.model_folder.chat_template import accepting_strings_and_lists
 
 MARKER = "<__media_f8Q_x2__>"

@@ -123,7 +123,13 @@ def vocabulary(content: dict[str, Any], vocab_size: int) -> tuple[list[str], lis
     Args:
         content: of `tokenizer.json`.
         vocab_size: rows of the embedding.
+
+    Raises:
+        UserError: a token has no row.
     """
+    numbers = [*content["model"]["vocab"].values(), *(token["id"] for token in content.get("added_tokens", []))]
+    if max(numbers, default=0) >= vocab_size:
+        raise UserError(f"tokenizer.json has a token {max(numbers)}, but the embedding has {vocab_size} rows.")
     texts = [f"[unused {number}]" for number in range(vocab_size)]
     kinds = [int(TokenType.UNUSED)] * vocab_size
     for text, number in content["model"]["vocab"].items():

@@ -12,11 +12,11 @@ import tiny_parts
 from llavaforge.config.schema import CustomizeModelConfig, ExportConfig
 from llavaforge.errors import UserError
 from llavaforge.folders import differences
-from llavaforge.gguf import mmproj
-from llavaforge.gguf.files import GgufFile, ModelTensors, check_tensors
-from llavaforge.gguf.folder import check_gguf, write_gguf_folder
-from llavaforge.gguf.language_model import plan_language_model
-from llavaforge.gguf.mmproj import embeddings
+from llavaforge.gguf_folder import mmproj
+from llavaforge.gguf_folder.files import GgufFile, ModelTensors, check_tensors
+from llavaforge.gguf_folder.language_model import plan_language_model
+from llavaforge.gguf_folder.mmproj import embeddings
+from llavaforge.gguf_folder.write import check_gguf, write_gguf_folder
 from llavaforge.inference.export import export
 from llavaforge.join.parts import customize_model
 from llavaforge.model_folder.read import read_config

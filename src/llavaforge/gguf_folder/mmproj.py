@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d, gelu, layer_norm, linear, scaled_dot_pro
 from transformers import LlavaConfig
 
 from llavaforge.errors import UserError
-from llavaforge.gguf.files import GgufFile, GgufTensor, ModelTensors
+from llavaforge.gguf_folder.files import GgufFile, GgufTensor, ModelTensors
 from llavaforge.model_folder.towers import TOWERS
 
 _OUTER = {
@@ -98,8 +98,11 @@ def add_vision_fields(writer: GGUFWriter, config: LlavaConfig, image_processor: 
     writer.add_vision_head_count(vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
     writer.add_vision_use_gelu(_IS_GELU[vision.hidden_act])
-    writer.add_vision_image_mean([float(value) for value in image_processor.image_mean])
-    writer.add_vision_image_std([float(value) for value in image_processor.image_std])
+    means, stds = image_processor.image_mean, image_processor.image_std
+    if not image_processor.do_normalize:  # llama.cpp does in any case
+        means, stds = [0.0] * 3, [1.0] * 3
+    writer.add_vision_image_mean([float(value) for value in means])
+    writer.add_vision_image_std([float(value) for value in stds])
 
 
 def plan_mmproj(config: LlavaConfig, model: ModelTensors, dtype: torch.dtype) -> list[GgufTensor]:

@@ -16,7 +16,7 @@ from gguf import GGUFWriter, RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llavaforge.errors import UserError
-from llavaforge.gguf.files import GgufTensor, ModelTensors
+from llavaforge.gguf_folder.files import GgufTensor, ModelTensors
 
 
 @dataclass(frozen=True)
