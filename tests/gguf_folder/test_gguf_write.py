@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
 import tiny_parts
+from llavaforge.cli import parse
 from llavaforge.config.schema import CustomizeModelConfig, ExportConfig
 from llavaforge.errors import UserError
 from llavaforge.folders import differences
@@ -255,6 +256,11 @@ def test_the_card_says_how_to_start_and_what_differs(gguf: Callable[..., Path]) 
         assert "llama-server -m model.gguf --mmproj mmproj.gguf" in text and "no square" in text
     assert "25814" in clip and "25814" not in siglip
     assert "middle square" in clip and "squeezed" in siglip
+
+
+def test_a_type_without_the_format_is_refused() -> None:
+    with pytest.raises(UserError, match="gguf_type belongs to format gguf"):
+        parse("export", ["--checkpoint", "final", "--output_dir", "out", "--gguf_type", "f16"])
 
 
 def test_without_the_package_the_extra_is_named(

@@ -614,6 +614,12 @@ class ExportConfig(Schema):
     gguf_type: Literal["auto", "f32", "f16", "bf16"] = "auto"
     """Type of the matrices in GGUF files; `auto`: the model's own, so that nothing is rounded."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "ExportConfig":
+        if self.gguf_type != "auto" and self.format != "gguf":
+            raise ValueError("gguf_type belongs to format gguf: give that too, or leave gguf_type out")
+        return self
+
 
 class SlurmConfig(Schema):
     """Write an sbatch script that trains a recipe. What SLURM has and is not here is given to sbatch itself."""

@@ -187,7 +187,7 @@ def without_preamble(template: str) -> tuple[str, bool]:
 
     The preamble may be that of another version of llavaforge.
     """
-    if not template.startswith(_BEGIN):
+    if not template.startswith(_BEGIN) or _END not in template:
         return template, False
     preamble, _, rest = template.partition(_END)
     return rest, "'type': 'text'" in preamble
