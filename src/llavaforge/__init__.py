@@ -896,6 +896,8 @@ def export(
     overwrite: bool = False,
     format: Literal["transformers", "gguf"] = "transformers",
     gguf_type: Literal["auto", "f32", "f16", "bf16"] = "auto",
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> ExportResult:
     """Turn a checkpoint or a finished run into a folder for plain transformers or llama.cpp, and verify it.
 
@@ -903,13 +905,15 @@ def export(
         checkpoint: A run's `checkpoint-N` or `final`.
         output_dir: Where the exported model is written.
         base_model: Folder of the model that the run started from, when it is no longer where it was.
-        overwrite: Replace a non-empty output folder.
+        overwrite: Replace a non-empty output folder (with `push_to_hub` also the files that the repository has).
         format: `gguf`: `model.gguf` and `mmproj.gguf` for llama.cpp, and a Modelfile for Ollama; needs `pip install
             'llavaforge[gguf]'`.
         gguf_type: Type of the matrices in GGUF files; `auto`: the model's own, so that nothing is rounded.
+        push_to_hub: OWNER/NAME of a repository of the Hugging Face hub, to which the verified folder is uploaded.
+        private: Make that repository private.
 
     Returns:
-        The keys of `ExportResult`: `output_dir`, `max_logit_difference`, `max_embedding_difference`.
+        The keys of `ExportResult`: `output_dir`, `max_logit_difference`, `max_embedding_difference`, `url`.
 
     Raises:
         UserError: An option, or what it points at, is at fault; the message says how to mend it.

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Let libraries say only what concerns a user."""
-    for noisy in ("httpx", "matplotlib", "DeepSpeed", "gguf"):
+    for noisy in ("httpx", "httpx2", "matplotlib", "DeepSpeed", "gguf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for warns in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when peft imports torchao
         logging.getLogger(warns).setLevel(logging.ERROR)

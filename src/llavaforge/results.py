@@ -220,6 +220,8 @@ class ExportResult(TypedDict):
     """Largest difference between its logits under plain transformers and those of the trained model."""
     max_embedding_difference: float | None
     """Largest difference between an image embedding of `mmproj.gguf` and plain transformers'; None without GGUF."""
+    url: str | None
+    """Address of the repository it was uploaded to."""
 
 
 class SlurmResult(TypedDict):

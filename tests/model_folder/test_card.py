@@ -47,14 +47,18 @@ def test_a_part_s_own_card_may_hold_anything(text: str, tiny_clip: Path, tmp_pat
 @pytest.mark.parametrize(
     "parts", [{}, {"vision_tower": 3}, {"vision_tower": {"revision": "x"}}, {"a": {"license": []}}]
 )
-@pytest.mark.parametrize("run", [{}, {"config": 3, "result": [], "data": 1}, {"data": [1, {"path": None}]}])
+@pytest.mark.parametrize(
+    "run", [{}, {"config": 3, "result": [], "data": 1}, {"data": [1, {"path": None}]}, {"hub_data": 3}]
+)
 def test_records_that_were_edited_still_make_a_card(parts: Any, run: Any, tiny_llava: Path) -> None:
     assert model_card(read_config(tiny_llava), parts, run).startswith("---\nlibrary_name: transformers\n")
 
 
 def test_cards_follow_the_model_from_the_join_to_the_export(
-    tiny_clip: Path, tiny_lm: "object", shapes: Path, tmp_path: Path
+    tiny_clip: Path, tiny_lm: "object", shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, repo_type: str(shapes / "train"))
+    data = {"projector": shapes / "train", "use_lora": Path("someone/shapes")}  # the second one is the hub's
     snapshots = []
     for name, source in (("openai--clip", tiny_clip), ("Qwen--Qwen1.5-4B-Chat", tiny_lm("qwen2"))):  # type: ignore[operator]
         snapshots.append(tmp_path / "hub" / f"models--{name}" / "snapshots" / SHA)
@@ -68,9 +72,9 @@ def test_cards_follow_the_model_from_the_join_to_the_export(
         )
     )
     folders = {"model": tmp_path / "model"}
-    for train_type in ("projector", "use_lora"):
+    for train_type, data_path in data.items():
         run = tmp_path / train_type
-        train(train_config(tmp_path / "model", shapes / "train", run, train_type=train_type, max_steps=2))
+        train(train_config(tmp_path / "model", data_path, run, train_type=train_type, max_steps=2))
         export(ExportConfig(checkpoint=run / "final", output_dir=tmp_path / f"{train_type} exported"))
         folders |= {train_type: run / "final", f"{train_type} exported": tmp_path / f"{train_type} exported"}
     for name, folder in folders.items():
@@ -82,7 +86,9 @@ def test_cards_follow_the_model_from_the_join_to_the_export(
         assert SHA in text and str(tmp_path) not in text
         assert ("## Training" in text) == (name != "model")
         if name != "model":
-            assert "| steps | 2 |" in text and "| data | train |" in text
+            named = "someone/shapes" if "lora" in name else "train"
+            assert "| steps | 2 |" in text and f"| data | {named} |" in text
+            assert front.get("datasets") == (["someone/shapes"] if "lora" in name else None)
         if name != "use_lora":
             assert json.loads((folder / PARTS).read_text())["vision_tower"]["revision"] == SHA
     assert "| lora_r |" in (folders["use_lora exported"] / "README.md").read_text()

@@ -55,6 +55,7 @@ def describe_run(
         "base_model": str(loaded.path.absolute()),
         "lora": asdict(lora) if lora is not None else None,
         "data": [entry.model_dump(mode="json", exclude_defaults=True) for entry in config.entries],
+        "hub_data": [str(entry.path) for entry in config.entries if not entry.path.expanduser().exists()],
         "num_steps": plan.num_steps,
         "identity": identity,
         "config": values,

@@ -607,17 +607,23 @@ class ExportConfig(Schema):
     base_model: Path | None = None
     """Folder of the model that the run started from, when it is no longer where it was."""
     overwrite: bool = False
-    """Replace a non-empty output folder."""
+    """Replace a non-empty output folder (with `push_to_hub` also the files that the repository has)."""
     format: Literal["transformers", "gguf"] = "transformers"
     """`gguf`: `model.gguf` and `mmproj.gguf` for llama.cpp, and a Modelfile for Ollama; needs
     `pip install 'llavaforge[gguf]'`."""
     gguf_type: Literal["auto", "f32", "f16", "bf16"] = "auto"
     """Type of the matrices in GGUF files; `auto`: the model's own, so that nothing is rounded."""
+    push_to_hub: str | None = None
+    """OWNER/NAME of a repository of the Hugging Face hub, to which the verified folder is uploaded."""
+    private: bool = False
+    """Make that repository private."""
 
     @model_validator(mode="after")
     def _check(self) -> "ExportConfig":
         if self.gguf_type != "auto" and self.format != "gguf":
             raise ValueError("gguf_type belongs to format gguf: give that too, or leave gguf_type out")
+        if self.private and self.push_to_hub is None:
+            raise ValueError("private is about a repository of the hub: give push_to_hub too, or leave it out")
         return self
 
 

@@ -2,7 +2,8 @@
 
 Comes in: a checkpoint-N or a `final`. Goes out: a model folder, and the largest difference between its logits under
 plain transformers and those of the trained model (LoRA unmerged), while both answer real samples. With `--format gguf`
-that folder is the way to one for llama.cpp, whose tensors and image embeddings are proved to be its.
+that folder is the way to one for llama.cpp, whose tensors and image embeddings are proved to be its. `push_to_hub`
+uploads what is proved.
 """
 
 import gc
@@ -32,6 +33,7 @@ from llavaforge.errors import UserError
 from llavaforge.files import cache_dir
 from llavaforge.folders import publishing
 from llavaforge.model_folder.card import RUN
+from llavaforge.model_folder.push import Repository
 from llavaforge.model_folder.verify import load_verified
 from llavaforge.model_folder.write import check_output_dir, update_model_folder
 from llavaforge.results import ExportResult
@@ -50,10 +52,12 @@ def export(config: ExportConfig) -> ExportResult:
     """Write and verify the exported model.
 
     Returns:
-        output_dir, max_logit_difference, max_embedding_difference.
+        output_dir, max_logit_difference, max_embedding_difference, url.
 
     Raises:
-        UserError: the checkpoint is at fault, `output_dir` is not empty, or GGUF cannot hold such a model.
+        UserError: the checkpoint is at fault, `output_dir` is not empty, GGUF cannot hold such a model, or the hub would
+            refuse the upload, or did.
+        RunFailed: the hub cannot be reached; says whether the export is finished.
         RuntimeError: the exported folder does not compute what was trained. As a transformers folder it is left in
             place for inspection.
     """
@@ -63,9 +67,25 @@ def export(config: ExportConfig) -> ExportResult:
         raise UserError(f"{config.checkpoint}: neither a checkpoint-N nor a final. Give one of a run's output_dir.")
     if trained is not None:
         check_output_dir(config.output_dir, config.overwrite, [trained.base])
+    repository = None
+    if config.push_to_hub is not None:
+        repository = Repository(config.push_to_hub, config.private, config.overwrite)
+        repository.check()
     if config.format == "transformers":
         difference = _export_transformers(config, trained, config.output_dir, overwrite=config.overwrite)
-        return _result(config, difference, None)
+        embedding_difference = None
+    else:
+        difference, embedding_difference = _export_gguf(config, trained)
+    return {
+        "output_dir": str(config.output_dir),
+        "max_logit_difference": difference,
+        "max_embedding_difference": embedding_difference,
+        "url": repository.push(config.output_dir) if repository is not None else None,
+    }
+
+
+def _export_gguf(config: ExportConfig, trained: Trained | None) -> tuple[float, float]:
+    """Write and verify a folder for llama.cpp; return the largest difference of a logit and of an image embedding."""
     if find_spec("gguf") is None:
         raise UserError("--format gguf needs the gguf package: pip install 'llavaforge[gguf]'.")
     from llavaforge.gguf_folder.write import check_gguf, write_gguf_folder
@@ -76,15 +96,7 @@ def export(config: ExportConfig) -> ExportResult:
         difference = _export_transformers(config, trained, plain)
         embedding_difference = write_gguf_folder(folder, plain, config.gguf_type)
         shutil.rmtree(plain)
-    return _result(config, difference, embedding_difference)
-
-
-def _result(config: ExportConfig, difference: float, embedding_difference: float | None) -> ExportResult:
-    return {
-        "output_dir": str(config.output_dir),
-        "max_logit_difference": difference,
-        "max_embedding_difference": embedding_difference,
-    }
+    return difference, embedding_difference
 
 
 def _export_transformers(

@@ -137,7 +137,7 @@ def model_card(config: LlavaConfig, parts: Mapping[str, Any] | None, run: Mappin
         f"{vision.patch_size}), a projector and a `{config.text_config.model_type}` language model, as transformers' "
         "own `LlavaForConditionalGeneration`.\n"
     )
-    front = _front("transformers", _public(parts), _license(parts))
+    front = _front("transformers", parts, run)
     return "\n".join([front, about, _USE.format(opened=_OPENED["model"]), *_origins(parts), *_training(run)])
 
 
@@ -154,7 +154,7 @@ def adapter_card(base_model: str, parts: Mapping[str, Any] | None, run: Mapping[
         f"A LoRA for the language model of `{named}`, and its whole projector, made with llavaforge.\n"
         "`llavaforge export` merges it into a plain model.\n"
     )
-    front = _front("peft", _public(parts), _license(parts))
+    front = _front("peft", parts, run)
     return "\n".join([front, about, _USE.format(opened=_OPENED["adapter"]), *_origins(parts), *_training(run)])
 
 
@@ -183,7 +183,7 @@ def gguf_card(
     points = [_CLASS_TOKEN] if vision.model_type == "clip_vision_model" else []
     points += [_LETTERBOX.format(ours=_seen(image_processor)), _GELU, _NORMALIZER]
     use = _GGUF_USE.format(dtype=dtype, points="\n".join(f"* {point}" for point in points))
-    front = _front("gguf", _public(parts), _license(parts))
+    front = _front("gguf", parts, run)
     return "\n".join([front, about, use, *_origins(parts), *_training(run)])
 
 
@@ -196,13 +196,14 @@ def _seen(image_processor: Any) -> str:
     return "training squeezed it into a square. Resize it to one yourself."
 
 
-def _front(library: str, base_model: list[str], license_: str | None) -> str:
+def _front(library: str, parts: Mapping[str, Any] | None, run: Mapping[str, Any] | None) -> str:
     """Return the YAML that the hub reads."""
     data = ModelCardData(
         library_name=library,
         pipeline_tag="image-text-to-text",
-        base_model=base_model or None,
-        license=license_,
+        base_model=_public(parts) or None,
+        datasets=_public_data(run) or None,
+        license=_license(parts),
         tags=["llava"],
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -211,6 +212,12 @@ def _front(library: str, base_model: list[str], license_: str | None) -> str:
 def _public(parts: Mapping[str, Any] | None) -> list[str]:
     """Return the parts that are repositories of the hub: it checks `base_model`."""
     return [part["name"] for part in _entries(parts).values() if part.get("revision") and part.get("name")]
+
+
+def _public_data(run: Mapping[str, Any] | None) -> list[str]:
+    """Return the data sets that came from the hub, by their names there (absent in runs of before December 2026)."""
+    named = (run or {}).get("hub_data")
+    return sorted({name for name in named if isinstance(name, str)}) if isinstance(named, list) else []
 
 
 def _license(parts: Mapping[str, Any] | None) -> str | None:
