@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak test-clients docs
+.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak test-clients test-demo docs
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -36,6 +36,21 @@ test-clients: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict --quiet
+
+# The page of `llavaforge demo` in a browser. Gradio takes no Pillow from 13 on, so it has an environment of its own, with
+# an older Pillow above all else of .venv.
+.venv-demo/installed: .venv/installed constraints.txt
+	$(BIN)/python -m venv .venv-demo
+	for version in $$(ls .venv-demo/lib); do \
+		echo "import site; site.addsitedir('$(CURDIR)/.venv/lib/$$version/site-packages')" \
+			>.venv-demo/lib/$$version/site-packages/base.pth; done
+	grep -vi '^pillow==' constraints.txt >.venv-demo/constraints.txt
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-demo/constraints.txt \
+		'gradio>=6.31,<7' playwright
+	touch $@
+
+test-demo: .venv-demo/installed
+	.venv-demo/bin/python -m pytest -n0 tests/inference/test_demo.py
 
 check: .venv/installed
 	$(BIN)/ruff check

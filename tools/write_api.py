@@ -22,7 +22,14 @@ from llavaforge.config import schema
 API = Path(__file__).parent.parent / "src" / "llavaforge" / "__init__.py"
 
 ERRORS = ("EndedElsewhere", "StoppedEarly", "UserError")
-NAMES_OR_FOLDERS = {"model_name_or_path", "vision_tower", "language_model", "projector_from", "deepspeed"}
+NAMES_OR_FOLDERS = {
+    "model_name_or_path",
+    "compare_with",
+    "vision_tower",
+    "language_model",
+    "projector_from",
+    "deepspeed",
+}
 """Options that are text in the schema, because a name is allowed, and that may be a path as well."""
 
 USER_ERROR = "UserError: An option, or what it points at, is at fault; the message says how to mend it."

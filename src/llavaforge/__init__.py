@@ -53,6 +53,7 @@ __all__ = [
     "check",
     "compare",
     "customize_model",
+    "demo",
     "env",
     "evaluate",
     "export",
@@ -886,6 +887,47 @@ def chat(
         UserError: An option, or what it points at, is at fault; the message says how to mend it.
     """
     _call("chat", locals())
+
+
+def demo(
+    *,
+    model_name_or_path: str | Path,
+    base_model: str | Path | None = None,
+    compare_with: str | Path | None = None,
+    compare_base_model: str | Path | None = None,
+    eval_data_path: str | Path | None = None,
+    image_folder: str | Path | None = None,
+    num_samples: int = 12,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_upload_mb: int = 20,
+) -> None:
+    """Ask a model, or two side by side, about images on a page in the browser.
+
+    Args:
+        model_name_or_path: A model folder, a run's `final`, or a checkpoint-N.
+        base_model: Folder of the model that the run started from, when it is no longer where it was.
+        compare_with: Another model, which answers the same questions beside the first.
+        compare_base_model: What `base_model` is, for `compare_with`.
+        eval_data_path: Held-out data for a gallery of samples, same layouts as in `train`.
+        image_folder: Folder, .zip or .tar of its images; found beside it when not given.
+        num_samples: Number of samples in the gallery: the first ones with one image, each image once.
+        system_prompt: System message of every conversation.
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the likeliest token; above 0 samples.
+        seed: Seed of the sampling.
+        host: Address to serve at: 127.0.0.1 is this machine alone, 0.0.0.0 its whole network, without a password.
+        port: Port to serve at.
+        max_upload_mb: Largest image file that the page takes, in megabytes.
+
+    Raises:
+        UserError: An option, or what it points at, is at fault; the message says how to mend it.
+    """
+    _call("demo", locals())
 
 
 def export(

@@ -79,6 +79,7 @@ VERBS: dict[str, Verb] = {
     ),
     "evaluate": Verb("EvaluateConfig", "inference.evaluate:evaluate", "held-out loss, and metrics of answers"),
     "chat": Verb("ChatConfig", "inference.chat:chat", "ask a model about an image"),
+    "demo": Verb("DemoConfig", "inference.demo.serve:demo", "a page to ask a model, or two side by side, about images"),
     "export": Verb(
         "ExportConfig", "inference.export:export", "merge and verify a folder for plain transformers or llama.cpp"
     ),

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from llavaforge.config.schema import SampleOptions
 from llavaforge.data.index.open import sample_builder
-from llavaforge.data.pixels.preprocessing import Pixels
+from llavaforge.data.pixels.preprocessing import Pixels, Preprocessing
 from llavaforge.data.rows.turns import Turn
 from llavaforge.model.attention import stock_attention
 from llavaforge.model.load import LoadedModel
@@ -39,6 +39,17 @@ class _Pieces(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by `generate`."""
         self._on_text(text)
+
+
+class _Stop(StoppingCriteria):
+    """Ends all answers once it is told to."""
+
+    def __init__(self, is_stopped: Callable[[], bool]) -> None:
+        self._is_stopped = is_stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Called by `generate` after each token; returns (B,)."""
+        return torch.full(input_ids.shape[:1], self._is_stopped(), device=input_ids.device)
 
 
 class Answerer:
@@ -68,21 +79,33 @@ class Answerer:
             "pad_token_id": end_ids[0] if pad_id is None else pad_id,
         }
 
-    def __call__(self, questions: Sequence[Question], on_text: Callable[[str], None] | None = None) -> list[str]:
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the model's images become pixels."""
+        return self._loaded.preprocessing
+
+    def __call__(
+        self,
+        questions: Sequence[Question],
+        on_text: Callable[[str], None] | None = None,
+        is_stopped: Callable[[], bool] | None = None,
+    ) -> list[str]:
         """Return one answer per question.
 
         Args:
             questions: any number of them; one where there is `on_text`.
             on_text: told each piece of the answer's text as soon as it is sure.
+            is_stopped: asked after each token whether the answers are to end there.
         """
         pixels = [image for question in questions for image in question.pixels]
-        return self.of_prompts([self._ids(question) for question in questions], pixels, on_text)
+        return self.of_prompts([self._ids(question) for question in questions], pixels, on_text, is_stopped)
 
     def of_prompts(
         self,
         prompts: Sequence[Sequence[int]],
         images: Sequence[Pixels],
         on_text: Callable[[str], None] | None = None,
+        is_stopped: Callable[[], bool] | None = None,
     ) -> list[str]:
         """Return one answer per prompt.
 
@@ -90,6 +113,7 @@ class Answerer:
             prompts: token ids with one `<image>` per image.
             images: in the order of their placeholders.
             on_text: as above.
+            is_stopped: as above.
         """
         tokenizer, device = self._loaded.processor.tokenizer, self._loaded.model.device
         prompts = [self._expanded(prompt) for prompt in prompts]
@@ -103,6 +127,7 @@ class Answerer:
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 streamer=None if on_text is None else _Pieces(tokenizer, on_text),
+                stopping_criteria=StoppingCriteriaList([] if is_stopped is None else [_Stop(is_stopped)]),
                 **self._images(pixels),
                 **self._settings,
             )

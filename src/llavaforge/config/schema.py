@@ -597,6 +597,47 @@ class ChatConfig(Schema):
     """Seed of the sampling."""
 
 
+class DemoConfig(Schema):
+    """Ask a model, or two side by side, about images on a page in the browser."""
+
+    model_name_or_path: str
+    """A model folder, a run's `final`, or a checkpoint-N."""
+    base_model: Path | None = None
+    """Folder of the model that the run started from, when it is no longer where it was."""
+    compare_with: str | None = None
+    """Another model, which answers the same questions beside the first."""
+    compare_base_model: Path | None = None
+    """What `base_model` is, for `compare_with`."""
+    eval_data_path: Path | None = None
+    """Held-out data for a gallery of samples, same layouts as in `train`."""
+    image_folder: Path | None = None
+    """Folder, .zip or .tar of its images; found beside it when not given."""
+    num_samples: Annotated[int, Field(gt=0, le=100)] = 12
+    """Number of samples in the gallery: the first ones with one image, each image once."""
+    system_prompt: str | None = None
+    """System message of every conversation."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer."""
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token; above 0 samples."""
+    seed: Seed = 0
+    """Seed of the sampling."""
+    host: str = "127.0.0.1"
+    """Address to serve at: 127.0.0.1 is this machine alone, 0.0.0.0 its whole network, without a password."""
+    port: Annotated[int, Field(gt=0, le=65_535)] = 7860
+    """Port to serve at."""
+    max_upload_mb: Annotated[int, Field(gt=0, le=1000)] = 20
+    """Largest image file that the page takes, in megabytes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DemoConfig":
+        if self.image_folder is not None and self.eval_data_path is None:
+            raise ValueError("image_folder belongs to eval_data_path: give both, or leave it out")
+        if self.compare_base_model is not None and self.compare_with is None:
+            raise ValueError("compare_base_model belongs to compare_with: give both, or leave it out")
+        return self
+
+
 class ExportConfig(Schema):
     """Turn a checkpoint or a finished run into a folder for plain transformers or llama.cpp, and verify it."""
 

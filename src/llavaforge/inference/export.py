@@ -55,8 +55,8 @@ def export(config: ExportConfig) -> ExportResult:
         output_dir, max_logit_difference, max_embedding_difference, url.
 
     Raises:
-        UserError: the checkpoint is at fault, `output_dir` is not empty, GGUF cannot hold such a model, or the hub would
-            refuse the upload, or did.
+        UserError: the checkpoint is at fault, `output_dir` is not empty, GGUF cannot hold such a model, or the hub
+            would refuse the upload, or did.
         RunFailed: the hub cannot be reached; says whether the export is finished.
         RuntimeError: the exported folder does not compute what was trained. As a transformers folder it is left in
             place for inspection.

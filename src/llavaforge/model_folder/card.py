@@ -215,7 +215,7 @@ def _public(parts: Mapping[str, Any] | None) -> list[str]:
 
 
 def _public_data(run: Mapping[str, Any] | None) -> list[str]:
-    """Return the data sets that came from the hub, by their names there (absent in runs of before December 2026)."""
+    """Return the data sets that came from the hub, by their names there (older runs name none)."""
     named = (run or {}).get("hub_data")
     return sorted({name for name in named if isinstance(name, str)}) if isinstance(named, list) else []
 
