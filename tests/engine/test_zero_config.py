@@ -15,8 +15,9 @@ from torch.utils.file_baton import FileBaton
 from llavaforge.cli import main
 from llavaforge.config.schema import shipped_deepspeed
 from llavaforge.engine.cpu_adam import load_cpu_adam
+from llavaforge.engine.memory import stage_of
 from llavaforge.engine.zero import _with_buckets_that_fit
-from llavaforge.engine.zero_config import build_settings, check_installed, stage_of
+from llavaforge.engine.zero_config import build_settings, check_installed
 from llavaforge.errors import UserError
 
 KNOWN: dict[str, Any] = {

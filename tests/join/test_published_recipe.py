@@ -10,7 +10,8 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, Qwen2Co
 
 import tiny_parts
 from llavaforge.config.schema import CustomizeModelConfig
-from llavaforge.join.parts import customize_model, join_configs, num_embeddings
+from llavaforge.join.embedding import num_embeddings
+from llavaforge.join.parts import customize_model, join_configs
 from llavaforge.join.tensors import part_parameters, stock_shapes
 from llavaforge.join.tokenizer import prepare_tokenizer
 

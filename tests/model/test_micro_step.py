@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from llavaforge.engine.base import AdamWOptions
 from llavaforge.engine.plain import PlainEngine
 from llavaforge.machine.random_model import PUBLISHED, preprocessing, random_model, random_packs, train_options
-from llavaforge.model.loss import CHUNK
+from llavaforge.model.activations import CHUNK
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import parameter_groups
 from llavaforge.processes.world import World

@@ -23,7 +23,7 @@ from llavaforge.config.train_types import TRAIN_TYPES, TrainType
 from llavaforge.engine.base import ParameterState
 from llavaforge.errors import reading
 from llavaforge.model_folder.card import RUN
-from llavaforge.model_folder.read import read_json
+from llavaforge.model_folder.json_files import read_json
 from llavaforge.model_folder.tensors import open_tensors
 
 STEM = "state"

@@ -1,16 +1,12 @@
 """What each engine keeps on a device from step to step: weights, gradients, masters, moments, buffers.
 
 Arithmetic: read from `engine/plain.py` and from DeepSpeed 0.19.8 (`runtime/bf16_optimizer.py`, `runtime/engine.py`,
-`runtime/zero/stage_1_and_2.py`, `stage3.py`) with the shipped files, in bfloat16.
+`runtime/zero/stage_1_and_2.py`, `stage3.py`) with the shipped files, in bfloat16. Without torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
-
-from llavaforge.engine.zero_config import offloads_optimizer, stage_of
 
 MAX_LIVE = 1_000_000_000
 """DeepSpeed's default of `stage3_max_live_parameters`, which the shipped files leave as it is."""
@@ -26,10 +22,20 @@ class Counts:
     largest: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Counts":
+    def of(cls, model: Any) -> "Counts":
         """Count a model whose parameters are already frozen or free."""
         learning = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         return cls(sum(parameter.numel() for parameter in model.parameters()), sum(learning), max(learning))
+
+
+def stage_of(settings: Mapping[str, Any]) -> int:
+    """Return the ZeRO stage."""
+    return int(settings["zero_optimization"]["stage"])
+
+
+def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
+    """Say whether the optimizer runs on the CPU."""
+    return settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def engine_name(settings: Mapping[str, Any] | None) -> str:
@@ -59,6 +65,23 @@ class EngineMemory:
     def total(self) -> float:
         """All of it."""
         return self.weights + self.gradients + self.optimizer + self.buffers
+
+    def peak(self, activations: float, gradient_stays: bool = True) -> float:
+        """Return the whole at the worst moment of a step.
+
+        Args:
+            activations: of a micro-batch.
+            gradient_stays: an earlier micro-batch's gradient is there already. The plain engine's only one grows as
+                its activations are freed, so the larger of both counts.
+        """
+        if gradient_stays:
+            return self.total + activations
+        return self.total - self.gradients + max(self.gradients, activations)
+
+
+def gradient_stays(engine: str, num_micro_batches: int) -> bool:
+    """Say whether an engine holds a gradient while a step's last micro-batch has its activations."""
+    return engine != "plain" or num_micro_batches > 1
 
 
 def engine_memory(

@@ -28,9 +28,8 @@ from torch import nn
 
 from llavaforge.data.load.pack import Pack
 from llavaforge.engine.base import AdamWOptions, ParameterState, StepResult
-from llavaforge.engine.memory import engine_name
+from llavaforge.engine.memory import engine_name, offloads_optimizer, stage_of
 from llavaforge.engine.plain import peak_memory_bytes
-from llavaforge.engine.zero_config import offloads_optimizer, stage_of
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import Group
 from llavaforge.processes.world import World

@@ -20,6 +20,7 @@ from llavaforge.config.load import nearest
 from llavaforge.config.schema import TrainConfig, shipped_deepspeed
 from llavaforge.device import compute_dtype
 from llavaforge.engine.cpu_adam import load_cpu_adam
+from llavaforge.engine.memory import offloads_optimizer
 from llavaforge.errors import UserError
 from llavaforge.model.trainable import learning_rate
 from llavaforge.model_folder.hub import find_model_folder
@@ -143,16 +144,6 @@ def decided(config: TrainConfig, global_batch_size: int | None, num_processes: i
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": True,
     }
-
-
-def stage_of(settings: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage."""
-    return int(settings["zero_optimization"]["stage"])
-
-
-def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
-    """Say whether the optimizer runs on the CPU."""
-    return settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def check_installed(settings: Mapping[str, Any]) -> None:

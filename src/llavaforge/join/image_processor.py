@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llavaforge.errors import reading
-from llavaforge.model_folder.read import read_json
+from llavaforge.model_folder.json_files import read_json
 from llavaforge.model_folder.towers import TOWERS
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from llavaforge.config.schema import CustomizeModelConfig
 from llavaforge.data.pixels.preprocessing import Preprocessing
 from llavaforge.errors import UserError, reading
+from llavaforge.join.embedding import num_embeddings
 from llavaforge.join.image_processor import prepare_image_processor
 from llavaforge.join.prove import prove, refuse_settings_without_place
 from llavaforge.join.sources import HEAD, TOWER, Part, match_tensors, open_language_model, open_tower
@@ -34,9 +35,6 @@ from llavaforge.model_folder.write import check_output_dir, write_model_folder
 from llavaforge.results import CustomizeModelResult
 
 log = logging.getLogger(__name__)
-
-# A grown embedding gets a multiple of this many rows: matrix products are faster, and it divides over GPUs.
-_ROWS_MULTIPLE = 64
 
 
 def customize_model(config: CustomizeModelConfig) -> CustomizeModelResult:
@@ -99,13 +97,6 @@ def join_configs(vision_config: Any, text_config: Any, image_token_id: int, **op
         tie_word_embeddings=text_config.tie_word_embeddings,
         **options,
     )
-
-
-def num_embeddings(vocab_size: int, image_token_id: int) -> int:
-    """Return the rows that the embedding needs: as many as it has, unless `<image>` does not fit."""
-    if image_token_id < vocab_size:
-        return vocab_size
-    return (image_token_id // _ROWS_MULTIPLE + 1) * _ROWS_MULTIPLE
 
 
 def _origins(config: CustomizeModelConfig, tower: Part, language_model: Part) -> dict[str, Any]:

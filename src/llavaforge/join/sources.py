@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llavaforge.errors import UserError, reading
 from llavaforge.model_folder.hub import find_model_folder
+from llavaforge.model_folder.json_files import read_json, refuse_original_llava, refuse_remote_code
 from llavaforge.model_folder.names import is_buffer, to_module_name
-from llavaforge.model_folder.read import read_json, refuse_original_llava, refuse_remote_code
 from llavaforge.model_folder.tensors import TensorFiles, open_tensors
 from llavaforge.model_folder.towers import TOWERS
 

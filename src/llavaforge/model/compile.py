@@ -20,7 +20,8 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from llavaforge.errors import UserError
-from llavaforge.model.tower import num_layers_used, vision_backbone
+from llavaforge.model.feature_layers import num_layers_used
+from llavaforge.model.tower import vision_backbone
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from dataclasses import asdict
 import torch
 
 from llavaforge.model.attention import use_packed_attention
+from llavaforge.model.feature_layers import feature_width
 from llavaforge.model.load import LoadedModel
-from llavaforge.model.tower import feature_width, normalize, tower_features
+from llavaforge.model.tower import normalize, tower_features
 from llavaforge.model.trainable import cast_parameters
 
 _FORMAT = 1  # raise it when a change of this package changes features

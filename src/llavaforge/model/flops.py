@@ -4,23 +4,79 @@ A matrix product of m x k by k x n is 2mkn. What learns costs three times its fo
 inputs, gradient of the weights); what is frozen but has something learning before it costs two; what is frozen with
 nothing before it costs one. Recomputation does not count (PaLM's MFU, Chowdhery et al. 2022, appendix B). Frozen parts
 counted at three times, as is common, would flatter the figure. Causal attention counts the half of the scores that
-exist.
+exist. The arithmetic is without torch; only reading a model needs it.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
-from llavaforge.clock import LANGUAGE_MODEL, TOWER
-from llavaforge.data.index.index import SampleIndex
-from llavaforge.model.lora import is_lora
-from llavaforge.model.tower import num_layers_used, vision_backbone
-from llavaforge.model.trainable import part_of
+from llavaforge.model.feature_layers import num_layers_used
+
+if TYPE_CHECKING:
+    from llavaforge.data.index.index import SampleIndex
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Numbers of weights that take part in matrix products, and the widths of attention.
+
+    Attributes:
+        patch_embedding: of the tower.
+        tower_layer: of one layer of the tower.
+        projector: of its two layers.
+        body: of the language model without its head and without a LoRA.
+        lora: of the LoRA.
+        head: of the language head.
+        num_patches: of an image.
+        tower_tokens: patches and class token of an image.
+        tower_width: of the tower's attention.
+        tower_layers: that the features need.
+        attention_width: of the language model: heads times their size.
+        num_layers: of the language model.
+    """
+
+    patch_embedding: int
+    tower_layer: int
+    projector: tuple[int, int]
+    body: int
+    lora: int
+    head: int
+    num_patches: int
+    tower_tokens: int
+    tower_width: int
+    tower_layers: int
+    attention_width: int
+    num_layers: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Matrices":
+        """Count a stock Llava, which may lie on the meta device."""
+        from llavaforge.model.lora import is_lora
+        from llavaforge.model.tower import vision_backbone
+
+        text, vision = model.config.get_text_config(), model.config.vision_config
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        body, projector, tower = model.model.language_model, model.model.multi_modal_projector, vision_backbone(model)
+        lora = sum(p.numel() for n, p in body.named_parameters() if is_lora(n))
+        return cls(
+            patch_embedding=tower.embeddings.patch_embedding.weight.numel(),
+            tower_layer=_in_linear_layers(tower.encoder.layers[0]),
+            projector=(_in_linear_layers(projector.linear_1), _in_linear_layers(projector.linear_2)),
+            body=_in_linear_layers(body) - lora,
+            lora=lora,
+            head=text.hidden_size * text.vocab_size,
+            num_patches=(vision.image_size // vision.patch_size) ** 2,
+            tower_tokens=tower.embeddings.position_embedding.weight.shape[0],
+            tower_width=vision.hidden_size,
+            tower_layers=num_layers_used(model.config),
+            attention_width=text.num_attention_heads * head_size,
+            num_layers=text.num_hidden_layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -52,27 +108,27 @@ class FlopCounter:
     @classmethod
     def of(cls, model: Any, num_image_tokens: int) -> "FlopCounter":
         """Read the sizes from a model whose parameters are already frozen or free."""
-        text = model.config.get_text_config()
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        body, projector = model.model.language_model, model.model.multi_modal_projector
-        lora = 2.0 * sum(p.numel() for n, p in body.named_parameters() if is_lora(n))
-        vision, tower = model.config.vision_config, vision_backbone(model)
-        num_patches = (vision.image_size // vision.patch_size) ** 2
-        tokens = tower.embeddings.position_embedding.weight.shape[0]
-        per_layer = _matrices(tower.encoder.layers[0]) * tokens + 4.0 * tokens**2 * vision.hidden_size
+        from llavaforge.model.trainable import part_of
+
+        learning = frozenset(part_of(n) for n, p in model.named_parameters() if p.requires_grad)
+        return cls.of_matrices(Matrices.of(model), num_image_tokens, learning)
+
+    @classmethod
+    def of_matrices(cls, matrices: Matrices, num_image_tokens: int, learning: frozenset[str]) -> "FlopCounter":
+        """Return the counter of a model of these sizes."""
+        tokens = matrices.tower_tokens
+        per_layer = 2.0 * matrices.tower_layer * tokens + 4.0 * tokens**2 * matrices.tower_width
+        first, second = (2.0 * weights * num_image_tokens for weights in matrices.projector)
         return cls(
-            embedding_per_image=2.0 * float(tower.embeddings.patch_embedding.weight.numel()) * num_patches,
-            tower_per_image=num_layers_used(model.config) * per_layer,
-            projector_per_image=(
-                num_image_tokens * _matrices(projector.linear_1),
-                num_image_tokens * _matrices(projector.linear_2),
-            ),
-            body_per_token=_matrices(body) - lora,
-            lora_per_token=lora,
-            head_per_supervised=2.0 * text.hidden_size * text.vocab_size,
-            attention_per_pair=4.0 * text.num_hidden_layers * text.num_attention_heads * head_size,
-            num_layers=text.num_hidden_layers,
-            learning=frozenset(part_of(n) for n, p in model.named_parameters() if p.requires_grad),
+            embedding_per_image=2.0 * matrices.patch_embedding * matrices.num_patches,
+            tower_per_image=matrices.tower_layers * per_layer,
+            projector_per_image=(first, second),
+            body_per_token=2.0 * matrices.body,
+            lora_per_token=2.0 * matrices.lora,
+            head_per_supervised=2.0 * matrices.head,
+            attention_per_pair=4.0 * matrices.num_layers * matrices.attention_width,
+            num_layers=matrices.num_layers,
+            learning=learning,
         )
 
     def without_tower(self) -> "FlopCounter":
@@ -81,10 +137,13 @@ class FlopCounter:
 
     def step(self, lengths: Sequence[int], num_images: int, num_supervised: int) -> float:
         """Return the model FLOPs of a training step on samples of these lengths, images and supervised tokens."""
-        return sum(self.by_part(lengths, num_images, num_supervised).values())
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        return float(sum(self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))))
 
     def by_part(self, lengths: Sequence[int], num_images: int, num_supervised: int) -> dict[str, float]:
         """Return the same for the vision tower, and for the language model with the projector."""
+        from llavaforge.clock import LANGUAGE_MODEL, TOWER
+
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         tower, others = self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))
         return {TOWER: tower, LANGUAGE_MODEL: others}
@@ -95,7 +154,7 @@ class FlopCounter:
         body = (self.body_per_token + self.lora_per_token) * sum(lengths) + self.attention_per_pair * pairs
         return body * math.ceil(self.num_layers / every) / self.num_layers if every else 0.0
 
-    def of_index(self, index: SampleIndex) -> npt.NDArray[np.float64]:
+    def of_index(self, index: "SampleIndex") -> npt.NDArray[np.float64]:
         """Return the model FLOPs of each sample of an index on its own, in training."""
         lengths, num_images, num_supervised = index.lengths, index.num_images, index.num_supervised
         pairs = lengths * (lengths + 1) / 2
@@ -122,6 +181,8 @@ class FlopCounter:
         return tower, others
 
 
-def _matrices(module: nn.Module) -> float:
-    """Return the forward FLOPs per row of input of all linear layers of a module."""
-    return 2.0 * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+def _in_linear_layers(module: Any) -> int:
+    """Return the number of weights of all linear layers of a module, biases left out."""
+    from torch import nn
+
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))

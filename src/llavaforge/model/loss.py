@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
-# Supervised tokens per chunk of logits: 1024 x 151,936 floats are 0.6 GB, the most that is alive at a time.
-CHUNK = 1024
+from llavaforge.model.activations import CHUNK
 
 
 class LossHead(nn.Module):

@@ -6,8 +6,6 @@ is counted. Measured against a GPU in LOG.md.
 """
 
 import copy
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,53 +16,14 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
-from llavaforge.model.loss import CHUNK
+from llavaforge.model.activations import Activations, logits_bytes
 from llavaforge.model.step import StepModule
 from llavaforge.model.tower import vision_backbone
 from llavaforge.model.trainable import cast_parameters, set_trainable
 
-_COMPILED = 0.8
-"""A compiled layer keeps so much of what it would keep: 0.72 for `projector`, 0.78 for `use_lora` (H200; LOG.md)."""
 _COUNTED = "llavaforge_counted"
 _NUM_COUNTED = 2  # layers; all are alike
 _TEXT = 64  # tokens beside the image in the pack that is counted
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What the forward pass keeps for the backward pass, in bytes.
-
-    Attributes:
-        layer_per_token: of a layer of the language model.
-        input_per_token: of a layer that is computed again: its input.
-        others_per_token: of what lies around the layers.
-        per_image: of tower and projector.
-        num_layers: of the language model.
-        logits_per_supervised: logits in the compute type and in float32, and the gradients of both.
-    """
-
-    layer_per_token: float
-    input_per_token: float
-    others_per_token: float
-    per_image: float
-    num_layers: int
-    logits_per_supervised: float
-
-    def bytes(
-        self,
-        num_tokens: int,
-        num_images: int,
-        num_supervised: int,
-        recompute_every: int = 0,
-        compiled: bool = False,
-    ) -> float:
-        """Return what a pack takes at the worst moment of its step."""
-        layer = self.layer_per_token * (_COMPILED if compiled else 1.0)
-        again = math.ceil(self.num_layers / recompute_every) if recompute_every else 0
-        # The layer that is at work, whose gradients come to about as much as it keeps.
-        per_token = (self.num_layers - again + 1) * layer + again * self.input_per_token + self.others_per_token
-        logits = self.logits_per_supervised * min(num_supervised, CHUNK)
-        return num_tokens * per_token + num_images * self.per_image + logits
 
 
 def activations(config: Any, options: TrainConfig, preprocessing: Preprocessing, dtype: torch.dtype) -> Activations:
@@ -94,13 +53,8 @@ def activations(config: Any, options: TrainConfig, preprocessing: Preprocessing,
         others_per_token=more["text"] / tokens,
         per_image=more["images"],
         num_layers=num_layers,
-        logits_per_supervised=logits_bytes(config, dtype.itemsize),
+        logits_per_supervised=logits_bytes(text.vocab_size, dtype.itemsize),
     )
-
-
-def logits_bytes(config: Any, itemsize: int) -> float:
-    """Return what a supervised token's logits take: in the compute type and in float32, and the gradients of both."""
-    return float(config.get_text_config().vocab_size * (2 * itemsize + 8))
 
 
 def _saved(module: StepModule, pack: Pack) -> dict[str, float]:

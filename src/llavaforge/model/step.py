@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from llavaforge.clock import LANGUAGE_MODEL, TOWER, Clock
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.model.activations import CHUNK
 from llavaforge.model.attention import Borders, use_packed_attention
-from llavaforge.model.loss import CHUNK, LossHead
-from llavaforge.model.tower import feature_width, normalize, tower_features
+from llavaforge.model.feature_layers import feature_width
+from llavaforge.model.loss import LossHead
+from llavaforge.model.tower import normalize, tower_features
 
 
 class StepModule(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llavaforge.data.pixels.preprocessing import Preprocessing
+from llavaforge.model.feature_layers import feature_states, num_layers_used
 
 
 def normalize(pixels_ICHW: torch.Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> torch.Tensor:
@@ -26,25 +27,6 @@ def normalize(pixels_ICHW: torch.Tensor, preprocessing: Preprocessing, dtype: to
 def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Return a number per channel, (C, 1, 1), on a device; copied there once, since each copy waits for the device."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
-
-
-def num_layers_used(config: Any) -> int:
-    """Return how many of the tower's layers the features need, by a `LlavaConfig`.
-
-    Hidden state 0 is the input of the first layer, so hidden state k needs k layers.
-    """
-    return max(_feature_states(config))
-
-
-def _feature_states(config: Any) -> list[int]:
-    """Return the hidden states that are features; negative ones count from the last of `num_hidden_layers + 1`."""
-    layers, states = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1
-    return [layer % states for layer in ([layers] if isinstance(layers, int) else layers)]
-
-
-def feature_width(config: Any) -> int:
-    """Return D, the width of the features that the projector reads: of all hidden states that are features."""
-    return int(config.vision_config.hidden_size) * len(_feature_states(config))
 
 
 def tower_features(model: Any, pixels_ICHW: torch.Tensor) -> torch.Tensor:
@@ -68,7 +50,7 @@ def tower_features(model: Any, pixels_ICHW: torch.Tensor) -> torch.Tensor:
     for number in range(num_layers_used(config)):
         hidden = tower.encoder.layers[number](hidden, None)
         kept[number + 1] = hidden
-    features = torch.cat([kept[layer] for layer in _feature_states(config)], dim=-1)
+    features = torch.cat([kept[layer] for layer in feature_states(config)], dim=-1)
     return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
 

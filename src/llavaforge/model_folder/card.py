@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from llavaforge.errors import UserError, reason
 from llavaforge.folders import fingerprint
-from llavaforge.model_folder.read import read_json
+from llavaforge.model_folder.json_files import read_json
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 
 from llavaforge.model_folder.chat_template import accepting_strings_and_lists, beginning_as_trained
 from llavaforge.model_folder.config_files import write_json
-from llavaforge.model_folder.read import read_json
+from llavaforge.model_folder.json_files import read_json
 
 # Class names that transformers 4 does not know, and the ones that mean the same to both.
 _CLASSES_OF_4 = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from llavaforge.errors import UserError, reason
 from llavaforge.files import is_inside
-from llavaforge.model_folder.read import read_json
+from llavaforge.model_folder.json_files import read_json
 
 MAX_SHARD_BYTES = 2 * 1000**3
 # A file mapped by torch.load keeps every page it touched; mapping it anew after this many bytes lets them go.

@@ -1,15 +1,11 @@
 """The families of vision towers: one row each, with all that differs between them outside of their forward pass.
 
-CONTRIBUTING.md says what else a new family needs.
+CONTRIBUTING.md says what else a new family needs. transformers is imported where an image processor is made.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,9 @@ class TowerFamily:
 
 
 def _clip_processor(edge: int) -> Any:
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     return CLIPImageProcessorPil(
         size={"shortest_edge": edge},
         crop_size={"height": edge, "width": edge},
@@ -37,6 +36,9 @@ def _clip_processor(edge: int) -> Any:
 
 
 def _siglip_processor(edge: int) -> Any:
+    from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
     return SiglipImageProcessorPil(
         size={"height": edge, "width": edge}, image_mean=IMAGENET_STANDARD_MEAN, image_std=IMAGENET_STANDARD_STD
     )

@@ -5,65 +5,23 @@ stays as it is. Total memory counts, not what is free now, so that every start o
 """
 
 import logging
-import math
-from dataclasses import dataclass
 
 from llavaforge.config.schema import TrainConfig
-from llavaforge.data.index.index import SampleIndex
-from llavaforge.data.order.mixture import Mixture
 from llavaforge.device import compute_dtype, total_memory
 from llavaforge.engine.memory import Counts, engine_memory, engine_name
 from llavaforge.engine.zero_config import settings_of_run
 from llavaforge.errors import reason
+from llavaforge.model.activations import Activations
 from llavaforge.model.load import LoadedModel
-from llavaforge.model.memory import Activations, activations
+from llavaforge.model.memory import activations
 from llavaforge.processes.world import World
+from llavaforge.training.pack_memory import RECOMPUTE_CHOICES, USABLE_SHARE, Sizes, least_recomputed
 
 logger = logging.getLogger(__name__)
 
-# Of the device's memory. The forecast was 1 to 4 % above what an H200 took, with compiled layers up to 11 % (LOG.md);
-# beside it CUDA, NCCL and the gaps of the allocator take a share.
-_SHARE = 0.9
-_CHOICES = (0, 4, 2, 1)  # every how many layers one is recomputed, the fastest first
 # A card is busy from a few thousand tokens on; more than these gain nothing and cost memory.
 _FEW_TOKENS, _MANY_TOKENS = 8_192, 16_384
 _GRAIN = 64
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the samples of a run are like.
-
-    Attributes:
-        longest: tokens of the longest.
-        mean: tokens of the mean one.
-        images_per_token: over all of them.
-        supervised_per_token: over all of them.
-    """
-
-    longest: int
-    mean: float
-    images_per_token: float
-    supervised_per_token: float
-
-    @classmethod
-    def of(cls, index: SampleIndex, mixture: Mixture) -> "Sizes":
-        """Measure the samples of a mixture."""
-        rows = mixture.all_rows
-        lengths = index.lengths[rows]
-        images, supervised = (
-            numbers[rows].sum() / lengths.sum() for numbers in (index.num_images, index.num_supervised)
-        )
-        return cls(int(lengths.max()), float(lengths.mean()), float(images), float(supervised))
-
-    def largest_pack(self, num_samples: int) -> int:
-        """Return the most tokens of a pack of so many samples: dealt by size, at most mean + longest (Graham 1969)."""
-        return int(min(num_samples * self.longest, num_samples * self.mean * 1.1 + self.longest))
-
-    def bytes(self, kept: Activations, num_tokens: int, recompute: int) -> float:
-        """Return what a pack of so many tokens takes."""
-        images, supervised = num_tokens * self.images_per_token, num_tokens * self.supervised_per_token
-        return kept.bytes(num_tokens, math.ceil(images), math.ceil(supervised), recompute)
 
 
 def fitted(config: TrainConfig, loaded: LoadedModel, sizes: Sizes, world: World) -> TrainConfig:
@@ -101,11 +59,10 @@ def decide(config: TrainConfig, kept: Activations, budget: float, sizes: Sizes) 
         budget: bytes that activations may take.
         sizes: of the samples.
     """
-    choices = _CHOICES if config.gradient_checkpointing == "auto" else (config.recompute_every,)
+    choices = RECOMPUTE_CHOICES if config.gradient_checkpointing == "auto" else (config.recompute_every,)
     if config.max_tokens_per_batch != "auto":
         most = config.most_tokens or sizes.largest_pack(config.max_samples_per_batch)
-        fitting = [one for one in choices if sizes.bytes(kept, most, one) <= budget]
-        return config.most_tokens, (fitting or [choices[-1]])[0]
+        return config.most_tokens, least_recomputed(choices, lambda one: sizes.bytes(kept, most, one) <= budget)
     enough = max(_FEW_TOKENS, sizes.longest)
     tokens = 0
     for recompute in choices:
@@ -120,7 +77,7 @@ def _kept_and_budget(config: TrainConfig, loaded: LoadedModel, world: World) -> 
     dtype, settings = compute_dtype(config.bf16), settings_of_run(config, None, world.size)
     counts, in_8_bits = Counts.of(loaded.model), config.optim == "adamw_8bit"
     weights = engine_memory(engine_name(settings), counts, world.size, dtype.itemsize, in_8_bits).total
-    budget = _SHARE * total_memory(world.device) - weights
+    budget = USABLE_SHARE * total_memory(world.device) - weights
     try:
         return activations(loaded.model.config, config, loaded.preprocessing, dtype), budget
     except (NotImplementedError, RuntimeError) as error:  # an operation that torch does not know on `meta`

@@ -32,7 +32,8 @@ from llavaforge.model.trainable import Group, parameter_groups
 from llavaforge.processes.workers import start_server
 from llavaforge.processes.world import World
 from llavaforge.training.bad_samples import check_bound
-from llavaforge.training.fitting import Sizes, fitted
+from llavaforge.training.fitting import fitted
+from llavaforge.training.pack_memory import Sizes
 
 logger = logging.getLogger(__name__)
 

@@ -5,48 +5,13 @@ of a large matrix product.
 """
 
 import logging
-import re
 import time
 
 import torch
 
-logger = logging.getLogger(__name__)
+from llavaforge.training.cards import known_card
 
-# Dense bfloat16 with float32 sums, in TFLOP/s, by words of the device's name; the first row that fits counts. From the
-# makers' data sheets and white papers; where a sheet gives the rate with sparsity, half of it.
-_BF16_TFLOPS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "GH200": 989.4,
-    "H200 NVL": 835.5,
-    "H200": 989.4,
-    "H100 PCIe": 756.5,
-    "H100 NVL": 835.5,
-    "H100": 989.4,
-    "H800 PCIe": 756.5,
-    "H800": 989.4,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A30": 165.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "L40S": 362.1,
-    "L40": 181.1,
-    "L4": 121.0,
-    "RTX PRO 6000 Blackwell": 503.8,
-    "RTX 6000 Ada": 364.2,
-    "RTX A6000": 154.8,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090 Ti": 80.0,
-    "RTX 3090": 71.0,
-    "MI325X": 1307.4,
-    "MI300X": 1307.4,
-}
-# Of a chip with such a word in its name the sheet of the whole card says nothing: other clocks, or a slice of it.
-_OTHERS = {"Laptop", "Mobile", "Max", "D", "MIG", "VF"}
+logger = logging.getLogger(__name__)
 
 # Sides of square products: a small one tells whether a large one would take for ever (bfloat16 on a CPU without units
 # for it: 2 GFLOP/s), and a card needs a larger one than a CPU to be busy.
@@ -68,10 +33,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def known_flops(name: str, dtype: torch.dtype) -> float | None:
     """Return the peak of a card by its name, as `torch.cuda.get_device_name` gives it, where it is known."""
-    words = set(re.split(r"[^A-Za-z0-9]+", name))
-    if dtype != torch.bfloat16 or words & _OTHERS:
-        return None
-    return next((1e12 * peak for known, peak in _BF16_TFLOPS.items() if words >= set(known.split())), None)
+    card = known_card(name)
+    return None if card is None or dtype != torch.bfloat16 else 1e12 * card.bf16_tflops
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -12,8 +12,7 @@ from llavaforge.clock import DATA, LANGUAGE_MODEL, OTHER, PARTS, TOWER
 from llavaforge.device import compute_dtype
 from llavaforge.engine.base import Engine
 from llavaforge.engine.memory import engine_memory
-from llavaforge.model.loss import CHUNK
-from llavaforge.model.memory import logits_bytes
+from llavaforge.model.activations import CHUNK, logits_bytes
 from llavaforge.training.opening import OpenedStage
 
 NAMES = {TOWER: "vision tower", LANGUAGE_MODEL: "language model", DATA: "waiting for images"}
@@ -92,7 +91,7 @@ def memory_by_part(opened: OpenedStage, engine: Engine) -> str:
     config, size = opened.config, compute_dtype(opened.config.bf16).itemsize
     kept = engine_memory(engine.name, opened.counts, engine.world.size, size, config.optim == "adamw_8bit")
     supervised = opened.data.index.num_supervised[opened.data.mixture.all_rows].max() * config.max_samples_per_batch
-    logits = logits_bytes(opened.loaded.model.config, size) * min(CHUNK, int(supervised))
+    logits = logits_bytes(opened.loaded.model.config.get_text_config().vocab_size, size) * min(CHUNK, int(supervised))
     parts = {"weights": kept.weights, "gradients": kept.gradients, "optimizer": kept.optimizer, "logits": logits}
     peak = engine.peak_memory_bytes()
     known = ", ".join(f"{name} {number / 1e9:.1f}" for name, number in parts.items())
