@@ -22,6 +22,8 @@ from llavaforge.results import (
     DataCheckResult,
     DataPreviewResult,
     EnvResult,
+    EstimateResult,
+    EstimateRow,
     EvaluateResult,
     ExportResult,
     MakeShapesResult,
@@ -39,6 +41,8 @@ __all__ = [
     "DataPreviewResult",
     "EndedElsewhere",
     "EnvResult",
+    "EstimateResult",
+    "EstimateRow",
     "EvaluateResult",
     "ExportResult",
     "MakeShapesResult",
@@ -55,6 +59,7 @@ __all__ = [
     "customize_model",
     "demo",
     "env",
+    "estimate",
     "evaluate",
     "export",
     "make_shapes",
@@ -146,17 +151,10 @@ def check(
     image_folder: str | Path | None = None,
     image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
-    data_path: str | Path | None = None,
-    data: Sequence[Mapping[str, Any]] = (),
-    eval_data_path: str | Path | None = None,
-    eval_data: Sequence[Mapping[str, Any]] = (),
-    validation_split: float = 0,
-    quarantine: str | Path | None = None,
     global_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
     max_tokens_per_batch: int | Literal["auto"] | None = None,
     gradient_accumulation_steps: int | None = None,
-    seed: int = 42,
     train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
     lora_r: int = 128,
     lora_alpha: int = 256,
@@ -172,6 +170,13 @@ def check(
         "down_proj",
         "gate_up_proj",
     ),
+    data_path: str | Path | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    eval_data_path: str | Path | None = None,
+    eval_data: Sequence[Mapping[str, Any]] = (),
+    validation_split: float = 0,
+    quarantine: str | Path | None = None,
+    seed: int = 42,
     model_name_or_path: str | Path | None = None,
     stage: str | None = None,
     report: str | Path | None = None,
@@ -189,6 +194,19 @@ def check(
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
         image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
+        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
+        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
+            `max_tokens_per_batch` is given).
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
+        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
+            gives the global batch.
+        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
+        lora_r: Rank of the LoRA matrices.
+        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
+        lora_dropout: Dropout before LoRA's first matrix.
+        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
+            passed over).
         data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
             (docs/data.md).
         data: Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split.
@@ -199,20 +217,7 @@ def check(
         validation_split: Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never
             splits an image.
         quarantine: File for the list of bad records, which `train --quarantine` leaves out.
-        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
-        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
-            `max_tokens_per_batch` is given).
-        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
-            `auto`: what fits.
-        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
-            gives the global batch.
         seed: Seed of the sample order, LoRA's initial weights and dropout.
-        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
-        lora_r: Rank of the LoRA matrices.
-        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
-        lora_dropout: Dropout before LoRA's first matrix.
-        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
-            passed over).
         model_name_or_path: The model to be trained; without it tokens, lengths and labels are not checked.
         stage: Which stage of a recipe with `stages` (default: the first).
         report: Folder for `report.html` and `findings.jsonl`.
@@ -238,17 +243,10 @@ def preview(
     image_folder: str | Path | None = None,
     image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
-    data_path: str | Path | None = None,
-    data: Sequence[Mapping[str, Any]] = (),
-    eval_data_path: str | Path | None = None,
-    eval_data: Sequence[Mapping[str, Any]] = (),
-    validation_split: float = 0,
-    quarantine: str | Path | None = None,
     global_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
     max_tokens_per_batch: int | Literal["auto"] | None = None,
     gradient_accumulation_steps: int | None = None,
-    seed: int = 42,
     train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
     lora_r: int = 128,
     lora_alpha: int = 256,
@@ -264,6 +262,13 @@ def preview(
         "down_proj",
         "gate_up_proj",
     ),
+    data_path: str | Path | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    eval_data_path: str | Path | None = None,
+    eval_data: Sequence[Mapping[str, Any]] = (),
+    validation_split: float = 0,
+    quarantine: str | Path | None = None,
+    seed: int = 42,
     stage: str | None = None,
     output: str | Path | None = None,
     num_samples: int = 16,
@@ -281,6 +286,19 @@ def preview(
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
         image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
+        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
+        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
+            `max_tokens_per_batch` is given).
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
+        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
+            gives the global batch.
+        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
+        lora_r: Rank of the LoRA matrices.
+        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
+        lora_dropout: Dropout before LoRA's first matrix.
+        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
+            passed over).
         data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
             (docs/data.md).
         data: Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split.
@@ -291,20 +309,7 @@ def preview(
         validation_split: Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never
             splits an image.
         quarantine: A list of bad records, as `data check --quarantine` writes it; `train` leaves them out.
-        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
-        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
-            `max_tokens_per_batch` is given).
-        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
-            `auto`: what fits.
-        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
-            gives the global batch.
         seed: Seed of the sample order, LoRA's initial weights and dropout.
-        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
-        lora_r: Rank of the LoRA matrices.
-        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
-        lora_dropout: Dropout before LoRA's first matrix.
-        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
-            passed over).
         stage: Which stage of a recipe with `stages` (default: the first).
         output: The HTML page to write.
         num_samples: Number of samples to show, the first ones of the run.
@@ -351,17 +356,10 @@ def train(
     image_folder: str | Path | None = None,
     image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
-    data_path: str | Path | None = None,
-    data: Sequence[Mapping[str, Any]] = (),
-    eval_data_path: str | Path | None = None,
-    eval_data: Sequence[Mapping[str, Any]] = (),
-    validation_split: float = 0,
-    quarantine: str | Path | None = None,
     global_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
     max_tokens_per_batch: int | Literal["auto"] | None = None,
     gradient_accumulation_steps: int | None = None,
-    seed: int = 42,
     train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
     lora_r: int = 128,
     lora_alpha: int = 256,
@@ -377,6 +375,18 @@ def train(
         "down_proj",
         "gate_up_proj",
     ),
+    data_path: str | Path | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    eval_data_path: str | Path | None = None,
+    eval_data: Sequence[Mapping[str, Any]] = (),
+    validation_split: float = 0,
+    quarantine: str | Path | None = None,
+    seed: int = 42,
+    optim: Literal["adamw", "adamw_8bit"] = "adamw",
+    bf16: bool | Literal["auto"] = "auto",
+    gradient_checkpointing: bool | int | Literal["auto"] = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    deepspeed: str | Path | None = None,
     projector_from: str | Path | None = None,
     on_bad_sample: Literal["stop", "skip"] = "stop",
     max_bad_samples: int = 100,
@@ -412,13 +422,8 @@ def train(
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.999,
     adam_epsilon: float = 1e-08,
-    optim: Literal["adamw", "adamw_8bit"] = "adamw",
     max_grad_norm: float = 1.0,
-    bf16: bool | Literal["auto"] = "auto",
-    gradient_checkpointing: bool | int | Literal["auto"] = "auto",
-    compile: bool | Literal["auto"] = "auto",
     deterministic: bool = False,
-    deepspeed: str | Path | None = None,
     stuck_timeout_s: float = 300.0,
     max_skipped_steps: int = 3,
     dataloader_num_workers: int = 2,
@@ -448,6 +453,19 @@ def train(
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
         image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
+        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
+        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
+            `max_tokens_per_batch` is given).
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
+        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
+            gives the global batch.
+        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
+        lora_r: Rank of the LoRA matrices.
+        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
+        lora_dropout: Dropout before LoRA's first matrix.
+        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
+            passed over).
         data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
             (docs/data.md).
         data: Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split.
@@ -458,20 +476,16 @@ def train(
         validation_split: Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never
             splits an image.
         quarantine: A list of bad records, as `data check --quarantine` writes it; `train` leaves them out.
-        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
-        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
-            `max_tokens_per_batch` is given).
-        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
-            `auto`: what fits.
-        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
-            gives the global batch.
         seed: Seed of the sample order, LoRA's initial weights and dropout.
-        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
-        lora_r: Rank of the LoRA matrices.
-        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
-        lora_dropout: Dropout before LoRA's first matrix.
-        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
-            passed over).
+        optim: `adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B
+            model fits one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`.
+        bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
+        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,
+            every N-th one, or (`auto`) as few as the device's memory allows.
+        compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
+            runs.
+        deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
+            processes default to `zero2`, a single one to plain PyTorch.
         projector_from: A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's
             `mm_projector.bin`.
         on_bad_sample: What to do with a record or image that cannot be read: stop, or leave it out and list it in
@@ -501,18 +515,9 @@ def train(
         adam_beta1: AdamW's first decay.
         adam_beta2: AdamW's second decay.
         adam_epsilon: AdamW's epsilon.
-        optim: `adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B
-            model fits one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`.
         max_grad_norm: Clip the gradient to this norm (0: no clipping).
-        bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
-        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,
-            every N-th one, or (`auto`) as few as the device's memory allows.
-        compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
-            runs.
         deterministic: The same bytes from every start on a GPU too, where attention's backward sums in any order; a CPU
             gives them.
-        deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
-            processes default to `zero2`, a single one to plain PyTorch.
         stuck_timeout_s: Seconds after which a run is ended when a process does not answer or gets nowhere, or no image
             comes.
         max_skipped_steps: Steps in a row that may be skipped because loss or gradient is not finite; after more the run
@@ -556,17 +561,10 @@ def compare(
     image_folder: str | Path | None = None,
     image_roots: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
-    data_path: str | Path | None = None,
-    data: Sequence[Mapping[str, Any]] = (),
-    eval_data_path: str | Path | None = None,
-    eval_data: Sequence[Mapping[str, Any]] = (),
-    validation_split: float = 0,
-    quarantine: str | Path | None = None,
     global_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
     max_tokens_per_batch: int | Literal["auto"] | None = None,
     gradient_accumulation_steps: int | None = None,
-    seed: int = 42,
     train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
     lora_r: int = 128,
     lora_alpha: int = 256,
@@ -582,6 +580,18 @@ def compare(
         "down_proj",
         "gate_up_proj",
     ),
+    data_path: str | Path | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    eval_data_path: str | Path | None = None,
+    eval_data: Sequence[Mapping[str, Any]] = (),
+    validation_split: float = 0,
+    quarantine: str | Path | None = None,
+    seed: int = 42,
+    optim: Literal["adamw", "adamw_8bit"] = "adamw",
+    bf16: bool | Literal["auto"] = "auto",
+    gradient_checkpointing: bool | int | Literal["auto"] = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    deepspeed: str | Path | None = None,
     projector_from: str | Path | None = None,
     on_bad_sample: Literal["stop", "skip"] = "stop",
     max_bad_samples: int = 100,
@@ -617,13 +627,8 @@ def compare(
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.999,
     adam_epsilon: float = 1e-08,
-    optim: Literal["adamw", "adamw_8bit"] = "adamw",
     max_grad_norm: float = 1.0,
-    bf16: bool | Literal["auto"] = "auto",
-    gradient_checkpointing: bool | int | Literal["auto"] = "auto",
-    compile: bool | Literal["auto"] = "auto",
     deterministic: bool = False,
-    deepspeed: str | Path | None = None,
     stuck_timeout_s: float = 300.0,
     max_skipped_steps: int = 3,
     dataloader_num_workers: int = 2,
@@ -675,6 +680,19 @@ def compare(
         image_folder: Folder, .zip or .tar of the images of `data_path`; found beside it when not given.
         image_roots: Folders outside of the image folder that links in it may lead to.
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
+        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
+        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
+            `max_tokens_per_batch` is given).
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
+        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
+            gives the global batch.
+        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
+        lora_r: Rank of the LoRA matrices.
+        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
+        lora_dropout: Dropout before LoRA's first matrix.
+        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
+            passed over).
         data_path: Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset
             (docs/data.md).
         data: Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split.
@@ -685,20 +703,16 @@ def compare(
         validation_split: Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never
             splits an image.
         quarantine: A list of bad records, as `data check --quarantine` writes it; `train` leaves them out.
-        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
-        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
-            `max_tokens_per_batch` is given).
-        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
-            `auto`: what fits.
-        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
-            gives the global batch.
         seed: Seed of the sample order, LoRA's initial weights and dropout.
-        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
-        lora_r: Rank of the LoRA matrices.
-        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
-        lora_dropout: Dropout before LoRA's first matrix.
-        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
-            passed over).
+        optim: `adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B
+            model fits one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`.
+        bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
+        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,
+            every N-th one, or (`auto`) as few as the device's memory allows.
+        compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
+            runs.
+        deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
+            processes default to `zero2`, a single one to plain PyTorch.
         projector_from: A trained projector to start from: a LLaVA folder, a finished run, or LLaVA's
             `mm_projector.bin`.
         on_bad_sample: What to do with a record or image that cannot be read: stop, or leave it out and list it in
@@ -728,18 +742,9 @@ def compare(
         adam_beta1: AdamW's first decay.
         adam_beta2: AdamW's second decay.
         adam_epsilon: AdamW's epsilon.
-        optim: `adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B
-            model fits one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`.
         max_grad_norm: Clip the gradient to this norm (0: no clipping).
-        bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
-        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,
-            every N-th one, or (`auto`) as few as the device's memory allows.
-        compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
-            runs.
         deterministic: The same bytes from every start on a GPU too, where attention's backward sums in any order; a CPU
             gives them.
-        deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
-            processes default to `zero2`, a single one to plain PyTorch.
         stuck_timeout_s: Seconds after which a run is ended when a process does not answer or gets nowhere, or no image
             comes.
         max_skipped_steps: Steps in a row that may be skipped because loss or gradient is not finite; after more the run
@@ -985,6 +990,104 @@ def env(
         UserError: An option, or what it points at, is at fault; the message says how to mend it.
     """
     return _call("env", locals())
+
+
+def estimate(
+    *,
+    global_batch_size: int | None = None,
+    per_device_train_batch_size: int | None = None,
+    max_tokens_per_batch: int | Literal["auto"] | None = None,
+    gradient_accumulation_steps: int | None = None,
+    train_type: Literal["full", "freeze_vision", "use_lora", "projector"] = "use_lora",
+    lora_r: int = 128,
+    lora_alpha: int = 256,
+    lora_dropout: float = 0.0,
+    lora_target_modules: Sequence[str] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "qkv_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+    ),
+    optim: Literal["adamw", "adamw_8bit"] = "adamw",
+    bf16: bool | Literal["auto"] = "auto",
+    gradient_checkpointing: bool | int | Literal["auto"] = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    deepspeed: str | Path | None = None,
+    model_name_or_path: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    language_model: str | Path | None = None,
+    stage: str | None = None,
+    gpu: str | None = None,
+    num_gpus: int = 1,
+    gpu_memory_gb: float | None = None,
+    peak_tflops: float | None = None,
+    mfu: float | None = None,
+    env: str | Path | None = None,
+    price_per_gpu_hour: float | None = None,
+    num_samples: int = 595375,
+    images_per_sample: float = 1.0,
+    text_tokens: int = 64,
+    supervised_tokens: int | None = None,
+    data_index: str | Path | None = None,
+) -> EstimateResult:
+    """Parameters, memory per GPU, time and cost of a training, from configs alone, in about a second.
+
+    Args:
+        global_batch_size: Samples per optimizer step over all processes; accumulation is derived from it.
+        per_device_train_batch_size: Most samples in one micro-batch of one process (default: 8, or no bound when
+            `max_tokens_per_batch` is given).
+        max_tokens_per_batch: Most tokens in one micro-batch of one process, instead of or besides a number of samples;
+            `auto`: what fits.
+        gradient_accumulation_steps: Micro-batches per step; with `per_device_train_batch_size` and the processes it
+            gives the global batch.
+        train_type: What learns. It decides how much work a sample is, and so which samples share a micro-batch.
+        lora_r: Rank of the LoRA matrices.
+        lora_alpha: LoRA's scale is `lora_alpha / lora_r`.
+        lora_dropout: Dropout before LoRA's first matrix.
+        lora_target_modules: Names of the language model's linear layers that get a LoRA (names the model lacks are
+            passed over).
+        optim: `adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B
+            model fits one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`.
+        bf16: Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it.
+        gradient_checkpointing: Recompute the language model's layers in the backward pass to save memory: all of them,
+            every N-th one, or (`auto`) as few as the device's memory allows.
+        compile: Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long
+            runs.
+        deepspeed: `zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several
+            processes default to `zero2`, a single one to plain PyTorch.
+        model_name_or_path: A LLaVA's folder or hub name, or the two parts:
+        vision_tower: Folder or hub name of a CLIP or SigLIP, as in `customize-model`; of the hub only small files are
+            downloaded.
+        language_model: Folder or hub name of a causal language model, as in `customize-model`.
+        stage: Which stage of a recipe with `stages` (default: the first).
+        gpu: Which card: `a100-80gb`, `h200`, `rtx 4090`, or its full name (default: that of `env`).
+        num_gpus: How many of them train together.
+        gpu_memory_gb: Memory of each in 10^9 bytes (default: the data sheet's, or what `env` saw).
+        peak_tflops: Dense TFLOP/s of each (default: the data sheet's in bfloat16, or what `env` measured).
+        mfu: Share of the peak that training reaches (default: what `env` measured for each train type, or 0.4).
+        env: What `llavaforge env --check --output FILE` wrote on such a machine: its card, memory and measured MFU.
+        price_per_gpu_hour: What an hour of one card costs, in any currency.
+        num_samples: Samples of an epoch (default: those of LLaVA-CC3M-Pretrain-595K).
+        images_per_sample: Images of a sample, on average.
+        text_tokens: Tokens of a sample beside its images.
+        supervised_tokens: How many of them are supervised (default: half).
+        data_index: A prepared data set, `index/*.arrow` in the cache: number and sizes of its samples, instead of the
+            four above.
+
+    Returns:
+        The keys of `EstimateResult`: `train_type`, `engine`, `learning`, `memory_per_gpu`, `fits`, `recompute_every`,
+            `micro_batch`, `largest_micro_batch`, `mfu`, `hours_per_epoch`, `cost_per_epoch`, `parameters`, `gpu`,
+            `num_gpus`, `assumptions`, `rows`.
+
+    Raises:
+        UserError: An option, or what it points at, is at fault; the message says how to mend it.
+    """
+    return _call("estimate", locals())
 
 
 def slurm(

@@ -84,6 +84,9 @@ VERBS: dict[str, Verb] = {
         "ExportConfig", "inference.export:export", "merge and verify a folder for plain transformers or llama.cpp"
     ),
     "env": Verb("EnvConfig", "machine.check:env", "show this machine, and prove that it trains", fails_on="num_failed"),
+    "estimate": Verb(
+        "EstimateConfig", "forecast.estimate:estimate", "memory, time and cost of a training, from configs alone", True
+    ),
     "slurm": Verb("SlurmConfig", "sbatch:slurm", "write an sbatch script for a recipe"),
 }
 
@@ -255,7 +258,8 @@ def _parser(name: str, verb: Verb, options: "type[Schema]") -> argparse.Argument
     )
     if verb.takes_recipe:
         lists = " and ".join(f"`{field}`" for field in sorted(_RECIPE_ONLY.keys() & options.model_fields.keys()))
-        parser.add_argument("recipe", nargs="?", help=f"a YAML recipe; flags override its keys, but for {lists}")
+        but = f", but for {lists}" if lists else ""
+        parser.add_argument("recipe", nargs="?", help=f"a YAML recipe; flags override its keys{but}")
     for field, info in options.model_fields.items():
         if field in _RECIPE_ONLY:
             continue

@@ -233,3 +233,45 @@ class SlurmResult(TypedDict):
     """The command that submits it."""
     processes: int
     """Processes that train together."""
+
+
+class EstimateRow(TypedDict):
+    """What `estimate` says of one train type on one engine."""
+
+    train_type: str
+    """What learns."""
+    engine: str
+    """`plain` or the ZeRO stage, with or without offload."""
+    learning: int
+    """Number of parameters that learn."""
+    memory_per_gpu: dict[str, int]
+    """Bytes of weights, gradients, optimizer, buffers, activations and logits, and in `total` at the worst moment."""
+    fits: bool
+    """Whether that is within the usable share of the card's memory."""
+    recompute_every: int
+    """Every how many layers one is recomputed (0: none), as `gradient_checkpointing: auto` decides."""
+    micro_batch: int
+    """Samples of the micro-batch that this is for."""
+    largest_micro_batch: int
+    """Most samples that fit (`gradient_checkpointing: auto`: with every layer recomputed); 0: not even one."""
+    mfu: float
+    """Model FLOPs utilisation that the time goes by."""
+    hours_per_epoch: float
+    """Hours of an epoch on all GPUs together."""
+    cost_per_epoch: float | None
+    """Its price; None without `price_per_gpu_hour`."""
+
+
+class EstimateResult(EstimateRow):
+    """Result of `estimate`: the train type and engine that the options ask for, and all others in `rows`."""
+
+    parameters: dict[str, int]
+    """Number of parameters of `vision_tower`, `projector`, `language_model` and in `total`."""
+    gpu: str
+    """Name of the card."""
+    num_gpus: int
+    """How many of them."""
+    assumptions: dict[str, Any]
+    """What the figures hang on: samples, memory, peak rate, where the MFU comes from."""
+    rows: list[EstimateRow]
+    """Every train type on every engine."""

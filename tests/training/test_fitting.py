@@ -10,9 +10,9 @@ from llavaforge.machine.random_model import PUBLISHED, llava_config, preprocessi
 from llavaforge.model.memory import activations
 from llavaforge.processes.world import World
 from llavaforge.training import fitting
-from llavaforge.training.fitting import decide, fitted
+from llavaforge.training.fitting import fitted
 from llavaforge.training.metrics import read_metrics
-from llavaforge.training.pack_memory import Sizes
+from llavaforge.training.pack_memory import Sizes, decide
 from llavaforge.training.run import train
 from llavaforge.training.trainer import Trainer
 from train_tools import tensors_of, train_config

@@ -177,32 +177,8 @@ class SampleOptions(Schema):
     """Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`)."""
 
 
-class DataOptions(SampleOptions):
-    """Which data, and how it is dealt; shared by `train` and the `data` verbs."""
-
-    data_path: Changeable[Path | None] = None
-    """Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset (docs/data.md)."""
-    data: Changeable[list[DataEntry]] = []
-    """Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split."""
-    eval_data_path: Changeable[Path | None] = None
-    """Held-out data, same kinds as `data_path`; images that are not beside it are looked for in `image_folder`."""
-    eval_data: Changeable[list[DataEntry]] = []
-    """Several held-out data sets instead of `eval_data_path`, entries as in `data` (without weight and repeat)."""
-    validation_split: NonNegativeFloat = 0
-    """Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never splits an image."""
-    quarantine: Changeable[Path | None] = None
-    """A list of bad records, as `data check --quarantine` writes it; `train` leaves them out."""
-
-    global_batch_size: Changeable[PositiveInt | None] = None
-    """Samples per optimizer step over all processes; accumulation is derived from it."""
-    per_device_train_batch_size: Changeable[PositiveInt | None] = None
-    """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
-    max_tokens_per_batch: Changeable[PositiveInt | Literal["auto"] | None] = None
-    """Most tokens in one micro-batch of one process, instead of or besides a number of samples; `auto`: what fits."""
-    gradient_accumulation_steps: Changeable[PositiveInt | None] = None
-    """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
-    seed: Seed = 42
-    """Seed of the sample order, LoRA's initial weights and dropout."""
+class LearningOptions(Schema):
+    """What learns; shared by all verbs that train or speak of training."""
 
     train_type: TrainType = "use_lora"
     """What learns. It decides how much work a sample is, and so which samples share a micro-batch."""
@@ -217,51 +193,23 @@ class DataOptions(SampleOptions):
     ]  # fmt: skip
     """Names of the language model's linear layers that get a LoRA (names the model lacks are passed over)."""
 
-    @model_validator(mode="after")
-    def _check_data(self) -> "DataOptions":
-        if self.data_path is None and not self.data and "data" in self.model_fields_set:
-            raise ValueError("`data` is an empty list: name a data set in it (`- path: ...`), or give data_path")
-        if self.data_path is None and not self.data:
-            raise ValueError("`data_path` is missing: give it in the recipe or as --data_path")
-        if self.data_path is not None and self.data:
-            raise ValueError("give data_path or data, not both")
-        if self.data and self.image_folder:
-            raise ValueError("image_folder belongs to data_path: give `images` in the entries of data")
-        if len({entry.weight is None for entry in self.data}) > 1:
-            raise ValueError("data: give every entry a weight, or none")
-        if sum(map(bool, (self.eval_data_path, self.eval_data, self.validation_split))) > 1:
-            raise ValueError("give one of eval_data_path, eval_data and validation_split")
-        if any(entry.weight is not None or entry.repeat is not None for entry in self.eval_data):
-            raise ValueError("eval_data: each record is evaluated once, so weight and repeat have no place")
-        if self.max_tokens_per_batch and not (self.global_batch_size or self.per_device_train_batch_size):
-            raise ValueError("max_tokens_per_batch is about micro-batches only: give global_batch_size too")
-        if self.global_batch_size and self.gradient_accumulation_steps:
-            raise ValueError(
-                "global_batch_size already fixes the accumulation: drop gradient_accumulation_steps, or give only it"
-            )
-        if self.validation_split > 1 and self.validation_split % 1:
-            raise ValueError("validation_split is a share below 1 or a whole number of records")
-        return self
-
     @property
     def uses_lora(self) -> bool:
         """Whether a LoRA learns."""
         return TRAIN_TYPES[self.train_type].uses_lora
 
-    @property
-    def entries(self) -> list[DataEntry]:
-        """The data sets to train on."""
-        if self.data_path is None:
-            return self.data
-        return [DataEntry(path=self.data_path, images=self.image_folder, image_roots=self.image_roots)]
 
-    @property
-    def eval_entries(self) -> list[DataEntry]:
-        """The held-out data sets (none with `validation_split`)."""
-        if self.eval_data_path is None:
-            return self.eval_data
-        images = None if has_images_beside(self.eval_data_path) else self.image_folder
-        return [DataEntry(path=self.eval_data_path, images=images, image_roots=self.image_roots)]
+class BatchOptions(Schema):
+    """How many samples a step and a micro-batch hold."""
+
+    global_batch_size: Changeable[PositiveInt | None] = None
+    """Samples per optimizer step over all processes; accumulation is derived from it."""
+    per_device_train_batch_size: Changeable[PositiveInt | None] = None
+    """Most samples in one micro-batch of one process (default: 8, or no bound when `max_tokens_per_batch` is given)."""
+    max_tokens_per_batch: Changeable[PositiveInt | Literal["auto"] | None] = None
+    """Most tokens in one micro-batch of one process, instead of or besides a number of samples; `auto`: what fits."""
+    gradient_accumulation_steps: Changeable[PositiveInt | None] = None
+    """Micro-batches per step; with `per_device_train_batch_size` and the processes it gives the global batch."""
 
     @property
     def most_tokens(self) -> int | None:
@@ -279,6 +227,102 @@ class DataOptions(SampleOptions):
         """Return the global batch."""
         per_process = self.max_samples_per_batch * (self.gradient_accumulation_steps or 1)
         return self.global_batch_size or per_process * num_processes
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> "BatchOptions":
+        if self.max_tokens_per_batch and not (self.global_batch_size or self.per_device_train_batch_size):
+            raise ValueError("max_tokens_per_batch is about micro-batches only: give global_batch_size too")
+        if self.global_batch_size and self.gradient_accumulation_steps:
+            raise ValueError(
+                "global_batch_size already fixes the accumulation: drop gradient_accumulation_steps, or give only it"
+            )
+        return self
+
+
+class EngineOptions(Schema):
+    """How a step is computed; shared by `train` and `estimate`."""
+
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B model fits
+    one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it."""
+    gradient_checkpointing: Changeable[bool | PositiveInt | Literal["auto"]] = "auto"
+    """Recompute the language model's layers in the backward pass to save memory: all of them, every N-th one, or
+    (`auto`) as few as the device's memory allows."""
+    compile: Changeable[bool | Literal["auto"]] = "auto"
+    """Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long runs."""
+    deepspeed: Changeable[str | None] = None
+    """`zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several processes default
+    to `zero2`, a single one to plain PyTorch."""
+
+    @property
+    def recompute_every(self) -> int:
+        """`gradient_checkpointing` as a number: every how many layers one is recomputed; 0 for none, or not decided."""
+        return 0 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "EngineOptions":
+        if self.deepspeed is not None and self.deepspeed not in shipped_deepspeed():
+            if not Path(self.deepspeed).is_file():
+                names = ", ".join(shipped_deepspeed())
+                raise ValueError(f"deepspeed: no such file: {self.deepspeed} (or one of {names})")
+        return self
+
+
+class DataOptions(LearningOptions, BatchOptions, SampleOptions):
+    """Which data, and how it is dealt; shared by `train` and the `data` verbs."""
+
+    data_path: Changeable[Path | None] = None
+    """Folder, file or hub name: LLaVA/ShareGPT JSON, messages, Parquet, saved data sets, WebDataset (docs/data.md)."""
+    data: Changeable[list[DataEntry]] = []
+    """Several data sets instead of `data_path`, each with path, images, weight or repeat, max_samples, split."""
+    eval_data_path: Changeable[Path | None] = None
+    """Held-out data, same kinds as `data_path`; images that are not beside it are looked for in `image_folder`."""
+    eval_data: Changeable[list[DataEntry]] = []
+    """Several held-out data sets instead of `eval_data_path`, entries as in `data` (without weight and repeat)."""
+    validation_split: NonNegativeFloat = 0
+    """Records to hold out when there is no `eval_data_path`: a share (below 1) or a number. Never splits an image."""
+    quarantine: Changeable[Path | None] = None
+    """A list of bad records, as `data check --quarantine` writes it; `train` leaves them out."""
+
+    seed: Seed = 42
+    """Seed of the sample order, LoRA's initial weights and dropout."""
+
+    @model_validator(mode="after")
+    def _check_data(self) -> "DataOptions":
+        if self.data_path is None and not self.data and "data" in self.model_fields_set:
+            raise ValueError("`data` is an empty list: name a data set in it (`- path: ...`), or give data_path")
+        if self.data_path is None and not self.data:
+            raise ValueError("`data_path` is missing: give it in the recipe or as --data_path")
+        if self.data_path is not None and self.data:
+            raise ValueError("give data_path or data, not both")
+        if self.data and self.image_folder:
+            raise ValueError("image_folder belongs to data_path: give `images` in the entries of data")
+        if len({entry.weight is None for entry in self.data}) > 1:
+            raise ValueError("data: give every entry a weight, or none")
+        if sum(map(bool, (self.eval_data_path, self.eval_data, self.validation_split))) > 1:
+            raise ValueError("give one of eval_data_path, eval_data and validation_split")
+        if any(entry.weight is not None or entry.repeat is not None for entry in self.eval_data):
+            raise ValueError("eval_data: each record is evaluated once, so weight and repeat have no place")
+        if self.validation_split > 1 and self.validation_split % 1:
+            raise ValueError("validation_split is a share below 1 or a whole number of records")
+        return self
+
+    @property
+    def entries(self) -> list[DataEntry]:
+        """The data sets to train on."""
+        if self.data_path is None:
+            return self.data
+        return [DataEntry(path=self.data_path, images=self.image_folder, image_roots=self.image_roots)]
+
+    @property
+    def eval_entries(self) -> list[DataEntry]:
+        """The held-out data sets (none with `validation_split`)."""
+        if self.eval_data_path is None:
+            return self.eval_data
+        images = None if has_images_beside(self.eval_data_path) else self.image_folder
+        return [DataEntry(path=self.eval_data_path, images=images, image_roots=self.image_roots)]
 
 
 class DataCheckConfig(DataOptions):
@@ -316,7 +360,7 @@ MetricName = Literal[
 ]  # fmt: skip
 
 
-class TrainConfig(DataOptions):
+class TrainConfig(EngineOptions, DataOptions):
     """Train a LLaVA: one stage, or several under `stages`."""
 
     model_name_or_path: Changeable[str]
@@ -369,24 +413,11 @@ class TrainConfig(DataOptions):
     """AdamW's second decay."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
-    optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps AdamW's moments in 8 bits, 2 bytes a parameter instead of 8, so that `full` of a 4B model fits
-    one 80 GB card. For a single process without DeepSpeed; needs `pip install 'llavaforge[8bit]'`."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient to this norm (0: no clipping)."""
 
-    bf16: bool | Literal["auto"] = "auto"
-    """Compute in bfloat16 with float32 masters; `auto` where the hardware is fast at it."""
-    gradient_checkpointing: Changeable[bool | PositiveInt | Literal["auto"]] = "auto"
-    """Recompute the language model's layers in the backward pass to save memory: all of them, every N-th one, or
-    (`auto`) as few as the device's memory allows."""
-    compile: Changeable[bool | Literal["auto"]] = "auto"
-    """Compile the layers (torch.compile): steps take less time, the first one a minute more; `auto` in long runs."""
     deterministic: Changeable[bool] = False
     """The same bytes from every start on a GPU too, where attention's backward sums in any order; a CPU gives them."""
-    deepspeed: Changeable[str | None] = None
-    """`zero1`, `zero2`, `zero3`, `zero2-offload`, `zero3-offload`, or a DeepSpeed JSON file; several processes default
-    to `zero2`, a single one to plain PyTorch."""
     stuck_timeout_s: Changeable[Annotated[float, Field(ge=1, le=_WEEK_S)]] = 300.0
     """Seconds after which a run is ended when a process does not answer or gets nowhere, or no image comes."""
     max_skipped_steps: Changeable[NonNegativeInt] = 3
@@ -418,11 +449,6 @@ class TrainConfig(DataOptions):
 
     stages: Changeable[list[dict[str, Any]]] = []
     """Each entry is the recipe with some fields overridden (and a `name`); they run in order."""
-
-    @property
-    def recompute_every(self) -> int:
-        """`gradient_checkpointing` as a number: every how many layers one is recomputed; 0 for none, or not decided."""
-        return 0 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -459,10 +485,6 @@ class TrainConfig(DataOptions):
                 f"metric_for_best_model: `{self.metric_for_best_model}` is not measured. Give eval_loss, or a metric "
                 f"that is in eval_metrics ({', '.join(self.eval_metrics)}), with eval_generate_samples"
             )
-        if self.deepspeed is not None and self.deepspeed not in shipped_deepspeed():
-            if not Path(self.deepspeed).is_file():
-                names = ", ".join(shipped_deepspeed())
-                raise ValueError(f"deepspeed: no such file: {self.deepspeed} (or one of {names})")
         if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
             raise ValueError("give warmup_ratio or warmup_steps, not both")
         if self.prompt_style == "plain" and self.system_prompt:
@@ -699,6 +721,59 @@ class SlurmConfig(Schema):
     """The script to write (default: the recipe's name with .sh, in the current folder)."""
     overwrite: bool = False
     """Replace the script if it is there."""
+
+
+class EstimateConfig(EngineOptions, LearningOptions, BatchOptions):
+    """Parameters, memory per GPU, time and cost of a training, from configs alone, in about a second.
+
+    Takes a training recipe too.
+    """
+
+    model_name_or_path: str | None = None
+    """A LLaVA's folder or hub name, or the two parts:"""
+    vision_tower: str | None = None
+    """Folder or hub name of a CLIP or SigLIP, as in `customize-model`; of the hub only small files are downloaded."""
+    language_model: str | None = None
+    """Folder or hub name of a causal language model, as in `customize-model`."""
+    stage: str | None = None
+    """Which stage of a recipe with `stages` (default: the first)."""
+
+    gpu: str | None = None
+    """Which card: `a100-80gb`, `h200`, `rtx 4090`, or its full name (default: that of `env`)."""
+    num_gpus: PositiveInt = 1
+    """How many of them train together."""
+    gpu_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of each in 10^9 bytes (default: the data sheet's, or what `env` saw)."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Dense TFLOP/s of each (default: the data sheet's in bfloat16, or what `env` measured)."""
+    mfu: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the peak that training reaches (default: what `env` measured for each train type, or 0.4)."""
+    env: Path | None = None
+    """What `llavaforge env --check --output FILE` wrote on such a machine: its card, memory and measured MFU."""
+    price_per_gpu_hour: NonNegativeFloat | None = None
+    """What an hour of one card costs, in any currency."""
+
+    num_samples: PositiveInt = 595_375
+    """Samples of an epoch (default: those of LLaVA-CC3M-Pretrain-595K)."""
+    images_per_sample: NonNegativeFloat = 1.0
+    """Images of a sample, on average."""
+    text_tokens: PositiveInt = 64
+    """Tokens of a sample beside its images."""
+    supervised_tokens: PositiveInt | None = None
+    """How many of them are supervised (default: half)."""
+    data_index: Path | None = None
+    """A prepared data set, `index/*.arrow` in the cache: number and sizes of its samples, instead of the four above."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EstimateConfig":
+        parts = (self.vision_tower, self.language_model)
+        if self.model_name_or_path is None and None in parts:
+            raise ValueError("no model: give model_name_or_path, or vision_tower and language_model")
+        if self.model_name_or_path is not None and any(parts):
+            raise ValueError("give model_name_or_path, or vision_tower and language_model, not both")
+        if self.supervised_tokens is not None and self.supervised_tokens > self.text_tokens:
+            raise ValueError(f"supervised_tokens = {self.supervised_tokens}: at most text_tokens, {self.text_tokens}")
+        return self
 
 
 class EnvConfig(Schema):

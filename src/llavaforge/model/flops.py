@@ -10,15 +10,28 @@ exist. The arithmetic is without torch; only reading a model needs it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llavaforge.model.feature_layers import num_layers_used
 
-if TYPE_CHECKING:
-    from llavaforge.data.index.index import SampleIndex
+
+class Sampled(Protocol):
+    """Samples whose sizes are known, such as a `SampleIndex`."""
+
+    @property
+    def lengths(self) -> npt.NDArray[Any]:
+        """Tokens per sample, image tokens included."""
+
+    @property
+    def num_images(self) -> npt.NDArray[Any]:
+        """Images per sample."""
+
+    @property
+    def num_supervised(self) -> npt.NDArray[Any]:
+        """Supervised tokens per sample."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +161,14 @@ class FlopCounter:
         tower, others = self._flops(sum(lengths), pairs, num_images, num_supervised, bool(num_images))
         return {TOWER: tower, LANGUAGE_MODEL: others}
 
-    def recomputed(self, lengths: Sequence[int], every: int) -> float:
+    def recomputed(self, lengths: Sequence[int] | npt.NDArray[Any], every: int) -> float:
         """Return the FLOPs of computing one of every so many layers of the language model again (not in `step`)."""
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
-        body = (self.body_per_token + self.lora_per_token) * sum(lengths) + self.attention_per_pair * pairs
+        of_samples = np.asarray(lengths, dtype=np.float64)
+        pairs = float((of_samples * (of_samples + 1) / 2).sum())
+        body = (self.body_per_token + self.lora_per_token) * float(of_samples.sum()) + self.attention_per_pair * pairs
         return body * math.ceil(self.num_layers / every) / self.num_layers if every else 0.0
 
-    def of_index(self, index: "SampleIndex") -> npt.NDArray[np.float64]:
+    def of_index(self, index: Sampled) -> npt.NDArray[np.float64]:
         """Return the model FLOPs of each sample of an index on its own, in training."""
         lengths, num_images, num_supervised = index.lengths, index.num_images, index.num_supervised
         pairs = lengths * (lengths + 1) / 2

@@ -15,13 +15,9 @@ from llavaforge.model.activations import Activations
 from llavaforge.model.load import LoadedModel
 from llavaforge.model.memory import activations
 from llavaforge.processes.world import World
-from llavaforge.training.pack_memory import RECOMPUTE_CHOICES, USABLE_SHARE, Sizes, least_recomputed
+from llavaforge.training.pack_memory import FEW_TOKENS, USABLE_SHARE, Sizes, decide
 
 logger = logging.getLogger(__name__)
-
-# A card is busy from a few thousand tokens on; more than these gain nothing and cost memory.
-_FEW_TOKENS, _MANY_TOKENS = 8_192, 16_384
-_GRAIN = 64
 
 
 def fitted(config: TrainConfig, loaded: LoadedModel, sizes: Sizes, world: World) -> TrainConfig:
@@ -32,7 +28,7 @@ def fitted(config: TrainConfig, loaded: LoadedModel, sizes: Sizes, world: World)
     if "auto" not in (config.gradient_checkpointing, config.max_tokens_per_batch):
         return config
     if world.device.type == "cpu":
-        tokens = max(_FEW_TOKENS, sizes.longest) if config.max_tokens_per_batch == "auto" else config.most_tokens
+        tokens = max(FEW_TOKENS, sizes.longest) if config.max_tokens_per_batch == "auto" else config.most_tokens
         return _decided(config, tokens, config.recompute_every)
     kept, budget = world.run_on_all(lambda: _kept_and_budget(config, loaded, world))
     if kept is None:
@@ -48,28 +44,6 @@ def fitted(config: TrainConfig, loaded: LoadedModel, sizes: Sizes, world: World)
         tight = "" if needed <= budget else ". It may not fit: see `Memory` in docs/training.md"
         logger.log(level, told, needed / 1e9, budget / 1e9, layers, bound, tight)
     return _decided(config, tokens, recompute)
-
-
-def decide(config: TrainConfig, kept: Activations, budget: float, sizes: Sizes) -> tuple[int | None, int]:
-    """Choose the tokens of a micro-batch (None: no bound) and which layers are recomputed.
-
-    Args:
-        config: what it does not leave to `auto` stays.
-        kept: what a token takes.
-        budget: bytes that activations may take.
-        sizes: of the samples.
-    """
-    choices = RECOMPUTE_CHOICES if config.gradient_checkpointing == "auto" else (config.recompute_every,)
-    if config.max_tokens_per_batch != "auto":
-        most = config.most_tokens or sizes.largest_pack(config.max_samples_per_batch)
-        return config.most_tokens, least_recomputed(choices, lambda one: sizes.bytes(kept, most, one) <= budget)
-    enough = max(_FEW_TOKENS, sizes.longest)
-    tokens = 0
-    for recompute in choices:
-        tokens = next((n for n in range(_MANY_TOKENS, 0, -_GRAIN) if sizes.bytes(kept, n, recompute) <= budget), 0)
-        if tokens >= enough:
-            break
-    return max(tokens, sizes.longest), recompute
 
 
 def _kept_and_budget(config: TrainConfig, loaded: LoadedModel, world: World) -> tuple[Activations | None, float]:

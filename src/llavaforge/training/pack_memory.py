@@ -4,10 +4,10 @@ Comes in: what samples are like, and what a token keeps. Goes out: bytes.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llavaforge.config.schema import EstimateConfig, TrainConfig
 from llavaforge.model.activations import Activations
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ USABLE_SHARE = 0.9
 beside it CUDA, NCCL and the gaps of the allocator take a share."""
 RECOMPUTE_CHOICES = (0, 4, 2, 1)
 """Every how many layers one is recomputed (0: none), the fastest first."""
+
+# A card is busy from a few thousand tokens on; more than these gain nothing and cost memory.
+FEW_TOKENS, _MANY_TOKENS = 8_192, 16_384
+_GRAIN = 64
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,25 @@ class Sizes:
         return kept.bytes(num_tokens, images, supervised, recompute, compiled)
 
 
-def least_recomputed(choices: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """Return the first choice that fits, the last one where none does."""
-    return next((one for one in choices if fits(one)), choices[-1])
+def decide(
+    config: TrainConfig | EstimateConfig, kept: Activations, budget: float, sizes: Sizes
+) -> tuple[int | None, int]:
+    """Choose the tokens of a micro-batch (None: no bound) and which layers are recomputed.
+
+    Args:
+        config: what it does not leave to `auto` stays.
+        kept: what a token takes.
+        budget: bytes that activations may take.
+        sizes: of the samples.
+    """
+    choices = RECOMPUTE_CHOICES if config.gradient_checkpointing == "auto" else (config.recompute_every,)
+    if config.max_tokens_per_batch != "auto":
+        most = config.most_tokens or sizes.largest_pack(config.max_samples_per_batch)
+        return config.most_tokens, next((one for one in choices if sizes.bytes(kept, most, one) <= budget), choices[-1])
+    enough = max(FEW_TOKENS, sizes.longest)
+    tokens = 0
+    for recompute in choices:
+        tokens = next((n for n in range(_MANY_TOKENS, 0, -_GRAIN) if sizes.bytes(kept, n, recompute) <= budget), 0)
+        if tokens >= enough:
+            break
+    return max(tokens, sizes.longest), recompute
