@@ -5,7 +5,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
 import tiny_parts
-from llavaforge.config.schema import LearningOptions
+from llavaforge.config.schema import EstimateConfig, LearningOptions
 from llavaforge.forecast.read import sizes_of_llava
 from llavaforge.forecast.sizes import TEXT_FAMILIES, ModelSizes
 
@@ -45,3 +45,7 @@ def reckoned(config: LlavaConfig) -> ModelSizes:
 
 def learning(kind: str, **options: Any) -> LearningOptions:
     return LearningOptions.model_validate({"train_type": kind, "lora_r": 6, **options})
+
+
+def estimate_config(**options: Any) -> EstimateConfig:
+    return EstimateConfig.model_validate({"gpu": "h200", **options})

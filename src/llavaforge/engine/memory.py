@@ -66,17 +66,18 @@ class EngineMemory:
         """All of it."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
-    def peak(self, activations: float, gradient_stays: bool = True) -> float:
+    def peak(self, activations: float, of_images: float = 0.0, gradient_stays: bool = True) -> float:
         """Return the whole at the worst moment of a step.
 
         Args:
-            activations: of a micro-batch.
-            gradient_stays: an earlier micro-batch's gradient is there already. The plain engine's only one grows as
-                its activations are freed, so the larger of both counts.
+            activations: of a micro-batch, all of them.
+            of_images: what of them tower and projector keep, which the backward pass comes to last.
+            gradient_stays: an earlier micro-batch's gradient is there already. Else it grows as the activations are
+                freed: either all of them are there, or the gradient and those of the images.
         """
         if gradient_stays:
             return self.total + activations
-        return self.total - self.gradients + max(self.gradients, activations)
+        return self.total - self.gradients + max(activations, self.gradients + of_images)
 
 
 def gradient_stays(engine: str, num_micro_batches: int) -> bool:

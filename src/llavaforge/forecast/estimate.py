@@ -85,7 +85,8 @@ class Estimator:
         stays = gradient_stays(engine, math.ceil(round(per_step * sizes.mean / tokens, 6)))
 
         def peak(num_tokens: int, recompute_every: int) -> float:
-            return held.peak(sizes.bytes(kept, num_tokens, recompute_every, compiled), stays)
+            of_images = sizes.num_images(num_tokens) * kept.per_image
+            return held.peak(sizes.bytes(kept, num_tokens, recompute_every, compiled), of_images, stays)
 
         logits = kept.logits(sizes.num_supervised(tokens))
         seconds = self.seconds_per_epoch(every, compiled)

@@ -6,7 +6,7 @@ from rich.table import Table
 from llavaforge.results import EstimateResult, EstimateRow
 
 _PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "logits", "total")
-_WIDTH = 126  # columns of the table: a narrower terminal breaks its lines, but no figure is cut off
+_WIDEST = 250
 
 
 def show(result: EstimateResult) -> None:
@@ -17,7 +17,9 @@ def show(result: EstimateResult) -> None:
     for part, count in result["parameters"].items():
         parameters.add_row(part.replace("_", " "), f"{count:,}", end_section=part == "language_model")
     console.print(parameters)
-    Console(width=max(_WIDTH, console.width)).print(_rows(result))
+    rows = _rows(result)  # as wide as it is: a narrower terminal breaks its lines, but no figure is cut off
+    needed = console.measure(rows, options=console.options.update(width=_WIDEST)).maximum
+    Console(width=max(console.width, needed)).print(rows)
     assumed = {"micro_batch": result["micro_batch"], **result["assumptions"]}
     told = ", ".join(f"{name} {value}" for name, value in assumed.items() if value is not None)
     console.print(f"{result['num_gpus']} x {result['gpu']}: {told}", markup=False, highlight=False, soft_wrap=True)
@@ -30,7 +32,7 @@ def _rows(result: EstimateResult) -> Table:
     others = ["fits", "recom-\nputed", "largest\nbatch", "MFU", "hours"]
     if result["cost_per_epoch"] is not None:
         others.append("cost")
-    for name in (*(part.replace("activations", "activat.") for part in _PARTS), *others):
+    for name in (*(part for part in _PARTS), *others):
         table.add_column(name, justify="right", no_wrap=True)
     rows = result["rows"]
     for number, row in enumerate(rows):
