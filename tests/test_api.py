@@ -31,7 +31,7 @@ def test_every_verb_has_a_public_function() -> None:
     names = {function.__name__ for function in FUNCTIONS.values()}
     assert names == {
         "quickstart", "customize_model", "check", "preview", "make_shapes",
-        "train", "compare", "evaluate", "chat", "demo", "export", "env", "slurm",
+        "train", "compare", "evaluate", "chat", "demo", "export", "env", "estimate", "slurm",
     }  # fmt: skip
     assert names <= set(llavaforge.__all__)
     modules = {path.stem for path in (SRC / "llavaforge").iterdir()}

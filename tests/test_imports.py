@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"checkpoint", "answers"},
     {"training", "inference", "data_check", "data_preview", "join", "sbatch"},
-    {"starter", "machine"},
+    {"starter", "machine", "forecast"},
     {"cli"},
     {"comparison"},
     {"__init__", "__main__"},

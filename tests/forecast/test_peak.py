@@ -97,11 +97,12 @@ def test_memory_is_within_a_tenth_of_what_an_h200_took(row: dict[str, Any], fold
     assert told["memory_per_gpu"]["total"] == pytest.approx(row["peak_memory_bytes"], rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in measured() if not row["deepspeed"] and (row["compile"] or not row["liger"])], ids=named
-)
+@pytest.mark.parametrize("row", [row for row in measured() if not row["deepspeed"]], ids=named)
 def test_time_is_within_a_fifth_of_what_an_h200_took(row: dict[str, Any], folder: Path) -> None:
-    """With the MFU that `env --check` measured on that machine: 8 captions a step, compiled for one train type only."""
+    """With the MFU that `env --check` measured on that machine: 8 captions a step, compiled for one train type only.
+
+    Not under ZeRO-3 on one GPU, where the host is the limit: the estimate is 0.45 of what was measured.
+    """
     mean, _ = texts(row)
     options = dict(gpu=None, env=ENV, num_samples=row["num_samples"] * row["num_micro_batches"])
     told = estimated(folder, row, text_tokens=round(mean), supervised_tokens=round(mean / 2), **options)

@@ -51,9 +51,9 @@ def read_sizes(config: EstimateConfig) -> ModelSizes:
 def sizes_of_llava(content: Mapping[str, Any], where: str) -> ModelSizes:
     """Return the sizes that a LLaVA's `config.json` describes."""
     tied = {"tie_word_embeddings": True} if content.get("tie_word_embeddings") else {}
-    text = {"model_type": "llama", **(content.get("text_config") or {}), **tied}
+    text = {"model_type": "llama", **_mapping(content, "text_config", where), **tied}
     layer = content.get("vision_feature_layer", -2)
-    vision = _vision_sizes(content.get("vision_config") or _DEFAULT_TOWER, where)
+    vision = _vision_sizes(_mapping(content, "vision_config", where) or _DEFAULT_TOWER, where)
     states = vision.num_hidden_layers + 1
     layers = layer if isinstance(layer, list) else [layer]
     if not layers or not all(isinstance(one, int) and -states <= one < states for one in layers):
@@ -72,7 +72,7 @@ def _tower(name: str) -> VisionSizes:
     kind = content.get("model_type")
     if kind == "llava" or kind in {family.whole for family in TOWERS.values()}:
         family = next((tower for tower, family in TOWERS.items() if family.whole == kind), "clip_vision_model")
-        content = {"model_type": family, **(content.get("vision_config") or {})}
+        content = {"model_type": family, **_mapping(content, "vision_config", str(folder / "config.json"))}
     if content.get("model_type") not in TOWERS:
         raise UserError(
             f"{folder}: is a `{kind}`. A vision tower is one of {', '.join(sorted(TOWERS))}, or part of a "
@@ -126,6 +126,14 @@ def _vision_sizes(content: Mapping[str, Any], where: str) -> VisionSizes:
         values["vision_use_head"] = False
     _check(values, where)
     return VisionSizes(kind, TOWERS[kind].has_class_token, **values)
+
+
+def _mapping(content: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """Return a config within a config, empty where it is left out."""
+    inner = content.get(name) or {}
+    if not isinstance(inner, dict):
+        raise UserError(f"{where}: `{name}` is {inner!r:.50}, a mapping was expected. Copy the file again.")
+    return inner
 
 
 def _taken(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llavaforge.config.schema import TrainConfig
 from llavaforge.data.load.pack import Pack
 from llavaforge.device import compute_dtype
 from llavaforge.engine.base import AdamWOptions
-from llavaforge.engine.memory import Counts, engine_memory, engine_name
+from llavaforge.engine.memory import Counts, engine_memory, engine_name, gradient_stays
 from llavaforge.engine.open import open_engine
 from llavaforge.engine.zero_config import build_settings, decided
 from llavaforge.machine.random_model import (
@@ -132,14 +132,15 @@ def measure(work: Work, world: World, num_steps: int = 6, num_warmup: int = 2) -
     done = sum(flops.step(pack.lengths, pack.num_images, pack.num_supervised) for pack in packs) / number
     peak = peak_flops(world.device, dtype)
     name, kept = engine_name(settings), activations(llava_config(size), config, preprocessing(size), dtype)
-    held = engine_memory(name, counts, world.size, dtype.itemsize, options.moments_in_8_bits).total
-    forecast = held + kept.bytes(
+    held = engine_memory(name, counts, world.size, dtype.itemsize, options.moments_in_8_bits)
+    of_pack = kept.bytes(
         max(pack.num_tokens for pack in packs),
         work.num_samples,
         max(pack.num_supervised for pack in packs),
         work.recompute_every,
         work.compile,
     )
+    forecast = held.peak(of_pack, work.num_samples * kept.per_image, gradient_stays(name, work.num_micro_batches))
     return Speed(
         step_s=step_s,
         first_step_s=seconds[0],
