@@ -12,7 +12,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from llavaforge.errors import UserError
-from llavaforge.model_folder.read import read_json
+from llavaforge.model_folder.json_files import read_json
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

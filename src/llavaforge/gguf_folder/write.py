@@ -25,7 +25,8 @@ from llavaforge.gguf_folder.language_model import (
 from llavaforge.gguf_folder.mmproj import add_vision_fields, check_vision, embeddings, plan_mmproj
 from llavaforge.gguf_folder.tokenizer import add_tokenizer_fields, pre_tokenizer_name
 from llavaforge.model_folder.card import PARTS, RUN, gguf_card, read_records
-from llavaforge.model_folder.read import read_config, read_generation_config, read_json, read_processor
+from llavaforge.model_folder.json_files import read_json
+from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
 from llavaforge.model_folder.tensors import open_tensors
 
 log = logging.getLogger(__name__)
