@@ -9,6 +9,7 @@ all families too.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from bench.machine import source_sha256
 from tests.clients import llama_cpp
 
 ROOT = Path(__file__).parent.parent.parent
-ASK = Path(__file__).parent / "ask.py"
+HERE = Path(__file__).parent
 NUM_QUESTIONS = 40
 
 _TORCH = ("torch==2.13.0", "pillow", "accelerate")
@@ -34,11 +35,13 @@ class Client:
         name: of its environment.
         packages: that are installed there, as pip takes them.
         folders: below quickstart's, or of its parts.
+        script: that asks, beside this file.
     """
 
     name: str
     packages: tuple[str, ...]
     folders: tuple[str, ...]
+    script: str = "ask.py"
 
 
 LLAMA_CPP = "llama.cpp"
@@ -47,13 +50,19 @@ CLIENTS = (
     Client("transformers-4.49", ("transformers==4.49.0", "numpy<2.4", *_TORCH), ("exported",)),
     Client("transformers-4.57", ("transformers==4.57.3", "numpy<2.4", *_TORCH), ("exported",)),
     Client("transformers-5", ("transformers==5.23.0", "peft==0.21.2", *_TORCH), ("exported", ADAPTER)),
+    Client("serve", ("transformers[serving]==5.23.0", "openai==3.57.0", *_TORCH), ("exported",), "ask_server.py"),
 )
+TRL, LMMS_EVAL = "trl", "lmms-eval"
+_TRL_PACKAGES = ("trl==1.16.0", "transformers==5.23.0", "datasets", *_TORCH)
+# It looks into filelock, does not ask for decord, and has no use of torchvision here.
+_LMMS_PACKAGES = ("lmms-eval==0.7.3", "decord==0.6.0", "filelock==3.24.2", "transformers==5.23.0", *_TORCH)
+_LARGEST_LOSS = 0.5  # of a model that answers nearly all of these questions rightly
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the clients; return how many of them answered otherwise."""
     parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
-    names = [*(client.name for client in CLIENTS), LLAMA_CPP]
+    names = [*(client.name for client in CLIENTS), TRL, LMMS_EVAL, LLAMA_CPP]
     parser.add_argument("--client", nargs="+", choices=names, help="only these")
     chosen, environments = parser.parse_args(arguments).client, ROOT / ".clients"
     trained = environments / f"quickstart-{source_sha256()[:12]}"
@@ -65,16 +74,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         python = _environment(environments / client.name, client.packages)
         for folder in client.folders:
-            found = _answers(python, trained, trained / folder)
+            found = _asked(python, client.script, trained, trained / folder)
             expected = _expected(trained, trained / folder)
             for way, answers in found["answers"].items():
                 same = sum(one == other for one, other in zip(answers, expected, strict=True))
                 num_failed += same < len(expected)
                 versions = f"transformers {found['transformers']}, torch {found['torch']}"
                 print(f"{client.name:<20} {folder:<32} {way:<26} {same} of {len(expected)} as llavaforge ({versions})")
+    if not chosen or TRL in chosen:
+        num_failed += _train_with_trl(_environment(environments / TRL, _TRL_PACKAGES), trained)
+    if not chosen or LMMS_EVAL in chosen:
+        num_failed += _ask_lmms_eval(_environment(environments / LMMS_EVAL, _LMMS_PACKAGES), trained)
     if not chosen or LLAMA_CPP in chosen:
         num_failed += _ask_llama_cpp(environments / LLAMA_CPP, trained)
     return num_failed
+
+
+def _train_with_trl(python: Path, trained: Path) -> int:
+    """Print the losses of two steps; return whether they are not those of a model that knows the questions."""
+    found = _asked(python, "train_with_trl.py", trained, trained / "exported")
+    losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
+    print(f"{TRL:<20} {'exported':<32} {'two steps':<26} losses {losses} (trl {found['trl']})")
+    return int(len(found["losses"]) != 2 or not 0 < max(found["losses"]) < _LARGEST_LOSS)
+
+
+def _ask_lmms_eval(python: Path, trained: Path) -> int:
+    """Print how often lmms-eval's `llava_hf` answers as we do; return whether it once does not."""
+    _run([str(python), "-I", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"])  # one for CUDA, it may be
+    task, held_out, output = trained / "lmms_task", trained / "data" / "heldout", trained / "lmms"
+    shutil.copytree(HERE / "lmms_task", task, dirs_exist_ok=True)
+    rows = json.loads((held_out / "questions.json").read_text())[:NUM_QUESTIONS]
+    lines = []
+    for row, answer in zip(rows, _expected(trained, trained / "exported"), strict=True):
+        question = row["conversations"][0]["value"].replace("<image>", "").strip()
+        lines.append({"image": str(held_out / "images" / row["image"]), "question": question, "answer": answer})
+    (task / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = (task / "questions.yaml").read_text()
+    (task / "questions.yaml").write_text(recipe.replace("rows.jsonl}", f"{task / 'rows.jsonl'}}}"))
+    command = [sys.executable, "-m", "llavaforge", "evaluate", "--model_name_or_path", str(trained / "exported")]
+    command += ["--lmms", "questions", "--lmms_include_path", str(task), "--lmms_python", str(python)]
+    told = json.loads(_run([*command, "--bf16", "false", "--output_dir", str(output)]).splitlines()[-1])
+    same = told["lmms"]["questions"]["same"]
+    number = f"{round(same * NUM_QUESTIONS)} of {NUM_QUESTIONS} as llavaforge"
+    print(f"{LMMS_EVAL:<20} {'exported':<32} {'llava_hf':<26} {number} ({_LMMS_PACKAGES[0].replace('==', ' ')})")
+    return int(same != 1)
 
 
 def _ask_llama_cpp(environment: Path, trained: Path) -> int:
@@ -107,9 +150,9 @@ def _environment(folder: Path, packages: tuple[str, ...]) -> Path:
     return python
 
 
-def _answers(python: Path, trained: Path, folder: Path) -> dict[str, Any]:
+def _asked(python: Path, script: str, trained: Path, folder: Path) -> dict[str, Any]:
     questions, images = trained / "data" / "heldout" / "questions.json", trained / "data" / "heldout" / "images"
-    command = [str(python), "-I", str(ASK), str(folder), str(questions), str(images), str(NUM_QUESTIONS)]
+    command = [str(python), "-I", str(HERE / script), str(folder), str(questions), str(images), str(NUM_QUESTIONS)]
     return json.loads(_run(command).splitlines()[-1])
 
 

@@ -1,6 +1,7 @@
 """A card says what a model is made of and how it was trained, and the hub can read it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,16 @@ def test_a_part_s_own_card_may_hold_anything(text: str, tiny_clip: Path, tmp_pat
     "parts", [{}, {"vision_tower": 3}, {"vision_tower": {"revision": "x"}}, {"a": {"license": []}}]
 )
 @pytest.mark.parametrize(
-    "run", [{}, {"config": 3, "result": [], "data": 1}, {"data": [1, {"path": None}]}, {"hub_data": 3}]
+    "run",
+    [
+        {},
+        {"config": 3, "result": [], "data": 1},
+        {"data": [1, {"path": None}]},
+        {"hub_data": 3},
+        {"curve": 3},
+        {"curve": [{}, 1]},
+        {"curve": [{"step": "a|b"}]},
+    ],
 )
 def test_records_that_were_edited_still_make_a_card(parts: Any, run: Any, tiny_llava: Path) -> None:
     assert model_card(read_config(tiny_llava), parts, run).startswith("---\nlibrary_name: transformers\n")
@@ -87,6 +97,7 @@ def test_cards_follow_the_model_from_the_join_to_the_export(
         assert ("## Training" in text) == (name != "model")
         if name != "model":
             named = "someone/shapes" if "lora" in name else "train"
+            assert re.search(r"\| step \| loss \|\n.*\n\| 1 \| [\d.]+ \|\n\| 2 \| [\d.]+ \|", text), text
             assert "| steps | 2 |" in text and f"| data | {named} |" in text
             assert front.get("datasets") == (["someone/shapes"] if "lora" in name else None)
         if name != "use_lora":

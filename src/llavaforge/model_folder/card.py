@@ -253,7 +253,12 @@ def _training(run: Mapping[str, Any] | None) -> list[str]:
     rows += [[name, options.get(name)] for name in _SHOWN if lora or not name.startswith("lora_")]
     rows += [["steps", result.get("global_step")]]
     rows += [[name, result.get(name)] for name in ("train_loss", "eval_loss")]
-    return ["## Training\n", _table(["", ""], [row for row in rows if row[1] not in (None, "")])]
+    tables = [_table(["", ""], [row for row in rows if row[1] not in (None, "")])]
+    curve = run.get("curve")
+    if isinstance(curve, list) and all(isinstance(point, dict) for point in curve):
+        names = list(dict.fromkeys(name for point in curve for name in point))
+        tables.append(_table(names, [[point.get(name) for name in names] for point in curve]))
+    return ["## Training\n", *tables]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -24,6 +24,7 @@ from llavaforge.model_folder.processor_files import write_processor
 from llavaforge.model_folder.tensors import write_shards
 from llavaforge.model_folder.write import update_model_folder
 from llavaforge.results import TrainResult
+from llavaforge.training.metrics import curve
 from llavaforge.training.opening import OpenedStage
 from llavaforge.training.state import TrainState
 
@@ -39,7 +40,8 @@ def write_final(folder: Path, opened: OpenedStage, engine: Engine, result: Train
         engine: gives the trained weights.
         result: put into `run.json`.
     """
-    run = without_private_paths({**opened.run, "result": result})
+    points = curve(opened.config.output_dir) if engine.world.is_writer else []
+    run = without_private_paths({**opened.run, "result": result, "curve": points})
     base, lora = opened.loaded.path, lora_options(opened.config)
     trained = dict(engine.masters())
     if engine.world.is_writer:

@@ -16,6 +16,7 @@ from llavaforge.files import append_line, read_json_lines, replace_bytes, replac
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
+_MOST_POINTS = 10  # of a curve in a card
 
 
 class MetricsFile:
@@ -34,6 +35,18 @@ class MetricsFile:
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl; one that a kill cut is left out."""
     return [line for line in read_json_lines(output_dir / METRICS) if isinstance(line.get("step"), int)]
+
+
+def curve(output_dir: Path) -> list[dict[str, Any]]:
+    """Return loss, held-out loss and metrics of answers at some steps, the last one among them, for a model's card."""
+    lines = read_metrics(output_dir)
+    lines = [line for line in lines if "eval_loss" in line] or lines
+    shown = lines[:: -(-len(lines) // _MOST_POINTS)] if lines else []
+    shown += lines[-1:] if shown[-1:] != lines[-1:] else []
+    return [
+        {key: value for key, value in line.items() if key in ("step", "loss") or key.startswith("eval_")}
+        for line in shown
+    ]
 
 
 def draw_curve(output_dir: Path) -> None:
