@@ -197,7 +197,7 @@ def test_cards_are_known_by_name(name: str, memory_gb: float) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "no model: give model_name_or_path, or vision_tower and language_model"),
     ({"vision_tower": "MODEL"}, "no model"),
-    ({"model_name_or_path": "MODEL", "vision_tower": "MODEL"}, "not both"),
+    ({"model_name_or_path": "MODEL", "vision_tower": "MODEL"}, "vision_tower and language_model belong together"),
     ({"model_name_or_path": "/nowhere"}, "no such folder"),
     ({"model_name_or_path": "EMPTY"}, "config.json: missing"),
     ({"model_name_or_path": "MODEL", "gpu": None}, "no machine: give --gpu NAME .such as a100-80gb."),

@@ -769,8 +769,8 @@ class EstimateConfig(EngineOptions, LearningOptions, BatchOptions):
         parts = (self.vision_tower, self.language_model)
         if self.model_name_or_path is None and None in parts:
             raise ValueError("no model: give model_name_or_path, or vision_tower and language_model")
-        if self.model_name_or_path is not None and any(parts):
-            raise ValueError("give model_name_or_path, or vision_tower and language_model, not both")
+        if any(parts) and None in parts:
+            raise ValueError("vision_tower and language_model belong together: give both, or model_name_or_path")
         if self.supervised_tokens is not None and self.supervised_tokens > self.text_tokens:
             raise ValueError(f"supervised_tokens = {self.supervised_tokens}: at most text_tokens, {self.text_tokens}")
         return self

@@ -35,7 +35,7 @@ def read_sizes(config: EstimateConfig) -> ModelSizes:
     Raises:
         UserError: a folder is missing, or holds no such model; its config.json is damaged.
     """
-    if config.model_name_or_path is not None:
+    if config.model_name_or_path is not None and config.vision_tower is None:
         folder, content = _open(config.model_name_or_path)
         if content.get("model_type") != "llava":
             raise UserError(
