@@ -116,7 +116,7 @@ def test_captions_are_measured_as_coco_does() -> None:
     shares = bleu_of_all(["a cat lies on a mat"], [["a cat sits on a mat"]])
     assert shares["1"] == pytest.approx(5 / 6) and shares["2"] == pytest.approx(math.sqrt(5 / 6 * 3 / 5))
     longer = [f"a b c d e f {number}" for number in range(3)]
-    together = measure(["bleu"], {"answer": longer}, [[text] for text in longer])
+    together = measure(["bleu"], {"answer": longer}, {"answer": [[text] for text in longer]})
     assert together.of_all == pytest.approx({"bleu_1": 1, "bleu_2": 1, "bleu_3": 1, "bleu_4": 1})
     assert not together.intervals  # the value of all is no mean
 

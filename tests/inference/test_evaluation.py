@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llavaforge.answers.choices import Chooser, candidates, options_of
+from llavaforge.answers.choices import Chooser, candidates, options_of, right_choice
 from llavaforge.config.schema import EvaluateConfig, SampleOptions
 from llavaforge.data.index.open import sample_builder
 from llavaforge.data.load.pack import Pack
@@ -91,6 +91,30 @@ def test_the_likeliest_option_is_the_stock_models(tiny_llava: Path, shapes: Path
     assert [line["likeliest_choice"] for line in lines] == expected
     assert found["multiple_choice_likelihood"] == expected.count("B") / 3  # type: ignore[typeddict-item]
     assert "answer" not in lines[0]  # nothing was generated
+    for row in rows:  # the option's text instead of its letter
+        row["answer"] = "a much longer option"
+    texts = data_of(tmp_path / "texts", shapes, rows)
+    found = evaluate(config_of(tiny_llava, texts, tmp_path / "out", metrics=["multiple_choice_likelihood"]))
+    choices = [line["likeliest_choice"] for line in lines_of(tmp_path / "out")]
+    assert found["multiple_choice_likelihood"] == choices.count("B") / 3  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "right"),
+    [
+        ("A. A dog\nB. A cat", "A cat", "B"),
+        ("A. C\nB. K\nC. M", "A", "A"),
+        ("A. red\nB. blue", "(B) blue", "B"),
+        ("A. red\nB. blue", "green", ""),
+        ("A. red\nB. blue", "D", ""),
+    ],
+)
+def test_the_right_choice_is_told_by_text_or_letter(options: str, answer: str, right: str) -> None:
+    record = parse_record({"image": "a.png", "question": f"What?\n{options}", "answer": answer})
+    assert right_choice(record) == right
+    if right:
+        assert candidates(record)[right].turns[-1].text == answer
+        assert len({one.turns[-1].text for one in candidates(record).values()}) == len(options_of(record))
 
 
 def pack_source(number: int) -> Any:
@@ -118,6 +142,9 @@ def test_a_question_without_options_and_answers_that_are_missing_are_the_users(
     data = data_of(tmp_path / "data", shapes, rows_of(shapes, "What is it?", "B"))
     with pytest.raises(UserError, match=r"row-.* offers no options"):
         evaluate(config_of(tiny_llava, data, tmp_path / "out", metrics=["multiple_choice_likelihood"]))
+    wrong = data_of(tmp_path / "wrong", shapes, rows_of(shapes, QUESTION, "D"))
+    with pytest.raises(UserError, match="answer 'D' is none of its options"):
+        evaluate(config_of(tiny_llava, wrong, tmp_path / "out", metrics=["multiple_choice_likelihood"]))
     with pytest.raises(UserError, match="has 1 reference"):
         evaluate(config_of(tiny_llava, data, tmp_path / "out", metrics=["vqa"]))
 

@@ -22,6 +22,7 @@ given = dict(zip(arguments[1::2], arguments[2::2]))
 print("arguments", json.dumps(arguments))
 said = os.environ.get("SAYS", "")
 print(said)
+print("launched", sorted(name for name in os.environ if name in ("MASTER_ADDR", "LOCAL_RANK")))
 if "no results" not in said:
     folder = pathlib.Path(given["--output_path"]) / "model"
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,13 +51,16 @@ def config_of(model: Path, tmp_path: Path, python: Path, **options: Any) -> Eval
     return build(EvaluateConfig, {**given, "lmms_python": str(python), "max_samples": 7, **options}, "evaluate")
 
 
-def test_numbers_are_passed_on(tiny_llava: Path, tmp_path: Path, python: Path) -> None:
+def test_numbers_are_passed_on(tiny_llava: Path, tmp_path: Path, python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tiny_llava, tmp_path, python)
+    monkeypatch.setenv("MASTER_ADDR", "nowhere")  # of a launcher: it would wait for other processes
+    monkeypatch.setenv("LOCAL_RANK", "0")
     for _ in range(2):  # the newest results count
         found = evaluate(config)
     assert found["lmms"] == {"pope": {"pope_accuracy": 0.875}, "gqa": {"pope_accuracy": 0.875}}
     assert (found["num_samples"], found["loss"]) == (0, None)
     log = (tmp_path / "out" / "lmms-eval" / "lmms-eval.log").read_text()
+    assert "launched []" in log
     told = json.loads(log.partition("arguments ")[2].splitlines()[0])
     assert told[:3] == ["eval", "--model", "llava_hf"] and told[-3:] == ["--log_samples", "--limit", "7"]
     assert f"pretrained={tiny_llava.absolute()},device_map=cpu,dtype=float32" in told

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from llavaforge.answers.metrics import measure
 from llavaforge.checkpoint.state import steps_of
 from llavaforge.config.load import build
-from llavaforge.config.schema import EvaluateConfig, TrainConfig
+from llavaforge.config.schema import VALUES_OF_METRICS, EvaluateConfig, TrainConfig
 from llavaforge.errors import UserError
 from llavaforge.inference.evaluate import evaluate
 from llavaforge.training.metrics import read_metrics
@@ -97,8 +98,11 @@ def test_a_run_stops_early_and_is_finished_then(config: Any, tmp_path: Path, cap
     assert best + 4 in steps_of(tmp_path / "run")  # to go on from
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert train(patient) == result and (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    longer = train(config(load_best_model_at_end=True, save_steps=30, **{**options, "max_steps": best + 6}))
-    assert longer["global_step"] == best + 6
+    more = train(config(early_stopping_patience=3, load_best_model_at_end=True, save_steps=30, **options))
+    assert more["stopped_early"] and more["global_step"] > result["global_step"]
+    best = more["best_step"] or 0
+    longer = train(config(load_best_model_at_end=True, save_steps=30, **{**options, "max_steps": best + 8}))
+    assert longer["global_step"] == best + 8
 
 
 def test_an_interrupted_run_knows_its_best_and_repeats_no_answer(
@@ -130,6 +134,10 @@ def test_an_interrupted_run_knows_its_best_and_repeats_no_answer(
     ("options", "told"),
     [
         ({"metric_for_best_model": "eval_exact_match"}, "eval_exact_match` is not measured"),
+        (
+            {"metric_for_best_model": "eval_bleu", "eval_metrics": ["bleu"], "eval_generate_samples": 4},
+            r"eval_bleu` is not measured.*bleu_1, bleu_2",
+        ),
         ({"early_stopping_patience": 2, "eval_steps": 0}, "needs more than one evaluation: give eval_steps"),
         ({"eval_generate_samples": 4}, "needs held-out data"),
         ({"eval_metrics": ["vqa"]}, "measured by `evaluate` alone"),
@@ -148,6 +156,20 @@ def test_zero_3_does_not_answer_while_training(config: Any) -> None:
         train(config(deepspeed="zero3"))
 
 
-def test_a_metric_that_is_not_measured_is_told(config: Any) -> None:
-    with pytest.raises(UserError, match=r"`eval_bleu` was not measured. Found: eval_loss, eval_bleu_1"):
-        train(config(eval_metrics=["bleu"], metric_for_best_model="eval_bleu", max_steps=2))
+def test_another_metric_or_other_held_out_data_begins_the_search_for_the_best_anew(
+    config: Any, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config(max_steps=2, save_steps=2))
+    metric = {"eval_metrics": ["exact_match"], "metric_for_best_model": "eval_exact_match", "save_steps": 2}
+    result = train(config(max_steps=4, **metric))
+    assert result["best_step"] == 4 and 0 <= (result["best_metric"] or 0) <= 1
+    assert "the best step is looked for anew" in caplog.text
+    caplog.clear()
+    result = train(config(max_steps=6, save_steps=2, eval_data_path=shapes / "train" / "questions.json"))
+    assert result["best_step"] == 6 and "looked for anew" in caplog.text
+
+
+def test_the_names_of_metrics_values_are_those_that_are_measured() -> None:
+    for name, values in VALUES_OF_METRICS.items():
+        found = measure([name], {"answer": ["yes", "no"]}, {"answer": [["yes"], ["no"]]})
+        assert sorted(found.of_all) == sorted(values)

@@ -70,9 +70,13 @@ def test_a_page_that_cannot_be_written_ends_no_run(
 ) -> None:
     opened = open_stage(train_config(tiny_llava, shapes / "train", tmp_path, max_steps=1), World(), Console(quiet=True))
     (tmp_path / "report.html").write_text("my own notes")
-    report.Reporter(opened, {}).write("is finished")
+    report.Reporter(opened, None).write("is finished")
     assert (tmp_path / "report.html").read_text() == "my own notes"
     assert "the report was not written" in caplog.text
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "eval_answers.jsonl").write_text('{"step": 1}\n')  # not what we write
+    report.Reporter(opened, None).write("is finished")
+    assert caplog.text.count("the report was not written") == 2
 
 
 def test_a_run_that_is_stopped_has_a_page_that_says_so(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
@@ -177,6 +181,7 @@ def test_a_client_that_is_missing_or_does_not_start_is_told_and_one_that_fails_l
             raise ConnectionError("no route")
 
         yield log
+        raise ConnectionError("no route")
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", missing)
     with pytest.raises(UserError, match=r"needs a_tracker_that_is_not_installed: pip install 'llavaforge\[wandb\]'"):
@@ -187,3 +192,4 @@ def test_a_client_that_is_missing_or_does_not_start_is_told_and_one_that_fails_l
     monkeypatch.setitem(trackers.TRACKERS, "wandb", fails_later)
     track(["tensorboard", "wandb"], tmp_path)
     assert len(calls) == 1 and "no more metrics are sent" in caplog.text
+    assert "was not closed" in caplog.text

@@ -23,7 +23,8 @@ from llavaforge.data.text.sample import SampleBuilder
 from llavaforge.model.step import StepModule
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(\S.*)$", re.MULTILINE)
-_LETTER = re.compile(r"\W*([A-Z])\b")
+_LETTER = re.compile(r"\W*([A-Z])(?=\s*$|[.):,\n])")
+_UNBOUNDED = 1 << 31  # tokens: an option is never cut, however near to `max_length` the reference is
 
 
 def options_of(record: Record) -> dict[str, str]:
@@ -38,17 +39,23 @@ def options_of(record: Record) -> dict[str, str]:
     return found if len(found) > 1 else {}
 
 
+def right_choice(record: Record) -> str:
+    """Return the letter of the option that is a record's answer, by its text or by its letter; empty where none is."""
+    options, answer = options_of(record), record.turns[-1].text
+    by_text = [letter for letter, text in options.items() if text.casefold() == answer.strip().casefold()]
+    own = _LETTER.match(answer)
+    return by_text[0] if by_text else own[1] if own is not None and own[1] in options else ""
+
+
 def candidates(record: Record) -> dict[str, Record]:
     """Return the record with each option as its answer, by letter; in the form of its own: `B`, `(B)`, `B. a cat`."""
-    options, answer = options_of(record), record.turns[-1].text
+    options, answer, right = options_of(record), record.turns[-1].text, right_choice(record)
     own = _LETTER.match(answer)
-    if own is None or own[1] not in options:
+    if own is None or own[1] != right or options[right].casefold() == answer.strip().casefold():
         texts = options  # the reference is an option's text
     else:
-        texts = {
-            letter: (answer[: own.start(1)] + letter + answer[own.end(1) :]).replace(options[own[1]], text)
-            for letter, text in options.items()
-        }
+        before, after = answer[: own.start(1)], answer[own.end(1) :]
+        texts = {letter: before + letter + after.replace(options[right], text) for letter, text in options.items()}
     return {
         letter: replace(record, turns=(*record.turns[:-1], Turn("assistant", text))) for letter, text in texts.items()
     }
@@ -64,7 +71,8 @@ class Chooser:
     """
 
     def __init__(self, step_module: StepModule, builder: SampleBuilder, image_token_id: int) -> None:
-        self._step_module, self._builder, self._image_token_id = step_module, builder, image_token_id
+        self._step_module, self._image_token_id = step_module, image_token_id
+        self._builder = replace(builder, max_length=_UNBOUNDED)
 
     def __call__(self, records: Sequence[Record], pack: Pack) -> list[str]:
         """Return a letter for each record of a pack; an empty text where nothing is offered.

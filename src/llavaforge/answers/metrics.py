@@ -182,21 +182,23 @@ class Scores:
     intervals: dict[str, tuple[float, float]]
 
 
-def measure(metrics: Sequence[str], answers: Mapping[str, Sequence[str]], references: Sequence[References]) -> Scores:
+def measure(
+    metrics: Sequence[str], answers: Mapping[str, Sequence[str]], references: Mapping[str, Sequence[References]]
+) -> Scores:
     """Measure answers.
 
     Args:
         metrics: names of the table.
         answers: of all samples, by what they are (`Metric.of`).
-        references: of all samples.
+        references: of all samples, likewise.
     """
     scores = Scores({}, {}, {})
     for name in metrics:
         metric = METRICS[name]
-        values = scores.of_samples[name] = metric.of_answers(answers[metric.of], references)
+        values = scores.of_samples[name] = metric.of_answers(answers[metric.of], references[metric.of])
         if metric.is_mean:
             scores.of_all[name], scores.intervals[name] = sum(values) / len(values), interval(values)
-        shares = metric.of_all(answers[metric.of], references)
+        shares = metric.of_all(answers[metric.of], references[metric.of])
         scores.of_all.update({f"{name}_{share}": value for share, value in shares.items()})
     return scores
 

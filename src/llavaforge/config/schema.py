@@ -358,6 +358,11 @@ MetricName = Literal[
     "auto", "none", "vqa", "exact_match", "yes_no", "multiple_choice", "multiple_choice_likelihood", "anls", "cider",
     "bleu",
 ]  # fmt: skip
+VALUES_OF_METRICS: dict[str, tuple[str, ...]] = {
+    "yes_no": ("yes_no", "yes_no_precision", "yes_no_recall", "yes_no_f1", "yes_no_yes_rate"),
+    "bleu": ("bleu_1", "bleu_2", "bleu_3", "bleu_4"),
+}
+"""What a metric's values are called, where that is not its name alone."""
 
 
 class TrainConfig(EngineOptions, DataOptions):
@@ -479,11 +484,13 @@ class TrainConfig(EngineOptions, DataOptions):
         if "multiple_choice_likelihood" in self.eval_metrics or "vqa" in self.eval_metrics:
             raise ValueError("eval_metrics: vqa and multiple_choice_likelihood are measured by `evaluate` alone")
         best = self.metric_for_best_model.removeprefix("eval_")
-        measured: tuple[str, ...] = tuple(self.eval_metrics) if self.eval_generate_samples else ()
-        if best != "loss" and not best.startswith(measured):
+        metrics = self.eval_metrics if self.eval_generate_samples else []
+        measured = {value for name in metrics for value in VALUES_OF_METRICS.get(name, (name,))}
+        if best != "loss" and best not in measured:
             raise ValueError(
                 f"metric_for_best_model: `{self.metric_for_best_model}` is not measured. Give eval_loss, or a metric "
-                f"that is in eval_metrics ({', '.join(self.eval_metrics)}), with eval_generate_samples"
+                f"that eval_metrics name ({', '.join(sorted(measured - {'auto', 'none'})) or 'none so far'}), with "
+                "eval_generate_samples"
             )
         if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
             raise ValueError("give warmup_ratio or warmup_steps, not both")

@@ -6,6 +6,7 @@ Comes in: a model and a data set. Goes out: the summary, a page of the worst sam
      "num_supervised": 2, "answer": "red", "correct": true, "exact_match": 1.0}
 """
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llavaforge.answers.choices import Chooser, options_of, sample_losses
+from llavaforge.answers.choices import Chooser, options_of, right_choice, sample_losses
 from llavaforge.answers.generate import Answerer, Question
 from llavaforge.answers.metrics import METRICS, References, chosen, interval, measure
 from llavaforge.checkpoint.trained import open_model
@@ -75,10 +76,14 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     with open_world(num_processes(), _TIMEOUT_S, needs_group=False) as world:
         summary, write = _measure(config, world) if config.data_path is not None else (_nothing(config), None)
         if world.is_writer:
-            if config.lmms:
-                summary["lmms"] = _lmms(config)
             if config.output_dir is not None and write is not None:
                 write()
+            if config.lmms:
+                gc.collect()
+                torch.cuda.empty_cache()  # of our model, for theirs
+                summary["lmms"] = _lmms(config)
+                if config.output_dir is not None and write is not None:
+                    write()  # once more: the summary holds theirs now
         return world.broadcast_object(summary)
 
 
@@ -142,7 +147,7 @@ def _measure(config: EvaluateConfig, world: World) -> tuple[EvaluateResult, Call
     for theirs in world.all_gather_objects(mine):
         found |= theirs
     lines = [found[number] for number in range(len(records))]
-    summary = _summary(config, lines, metrics, references)
+    summary = _summary(config, lines, metrics, records, references)
 
     def write() -> None:
         assert config.output_dir is not None
@@ -158,11 +163,12 @@ def references_of(record: Record) -> References:
 
 def _check_options(records: Sequence[Record]) -> None:
     for number, record in enumerate(records):
-        if not options_of(record):
-            raise UserError(
-                f"--metrics multiple_choice_likelihood: sample {record.id or number} offers no options. Its question "
-                "needs a line for each: `A. a dog`, `B. a cat`."
-            )
+        where = f"--metrics multiple_choice_likelihood: sample {record.id or number}"
+        if not (options := options_of(record)):
+            raise UserError(f"{where} offers no options. Its question needs a line for each: `A. a dog`, `B. a cat`.")
+        if not right_choice(record):
+            offered = ", ".join(f"{letter}. {text}" for letter, text in options.items())
+            raise UserError(f"{where}: its answer {record.turns[-1].text!r:.80} is none of its options ({offered}).")
 
 
 def _as_cut(records: Iterable[Record], index: SampleIndex) -> list[Record]:
@@ -234,6 +240,7 @@ def _summary(
     config: EvaluateConfig,
     lines: Sequence[dict[str, Any]],
     metrics: Sequence[str],
+    records: Sequence[Record],
     references: Sequence[References],
 ) -> EvaluateResult:
     """Sum up, and put each sample's values into its line."""
@@ -241,7 +248,8 @@ def _summary(
     losses = [line["loss"] for line in lines]
     loss = float(np.dot(losses, num_supervised)) / sum(num_supervised)
     answers = {key: [line.get(key, "") for line in lines] for key in ("answer", "likeliest_choice")}
-    scores = measure(metrics, answers, references)
+    right = {"answer": references, "likeliest_choice": [[right_choice(record)] for record in records]}
+    scores = measure(metrics, answers, right)
     for number, line in enumerate(lines):
         if metrics:
             line["correct"] = scores.of_samples[metrics[0]][number] == 1

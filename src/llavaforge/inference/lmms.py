@@ -20,6 +20,7 @@ from llavaforge.errors import RunFailed, UserError
 
 logger = logging.getLogger(__name__)
 
+_LAUNCHER = re.compile(r"(((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|(MASTER|TORCHELASTIC|SLURM)_.*)$")
 LOG = "lmms-eval.log"
 _INSTALL = "pip install 'llavaforge[lmms]', or name the Python of its own environment: --lmms_python PATH"
 _SWALLOWED = re.compile(r"Error .* in generating|Error during evaluation|Traceback \(most recent call last\)")
@@ -57,7 +58,7 @@ def run_lmms(
     before = set(output_dir.rglob("*_results.json"))
     logger.info("lmms-eval: %s (its log: %s)", ", ".join(tasks), output_dir / LOG)
     with (output_dir / LOG).open("wb") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"})
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
     text = (output_dir / LOG).read_text(errors="replace")
     new = sorted(set(output_dir.rglob("*_results.json")) - before)
     if found := _SWALLOWED.search(text):
@@ -84,6 +85,11 @@ def check_lmms(model: Path, python: Path | None) -> None:
         raise UserError(f"--lmms_python {python}: cannot be started ({error.strerror}).") from None
     if missing:
         raise UserError(f"--lmms needs lmms-eval: {_INSTALL}.")
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a process by itself: a launcher's variables would let it wait for others."""
+    return {name: value for name, value in os.environ.items() if not _LAUNCHER.match(name)} | {"NO_COLOR": "1"}
 
 
 def _numbers(values: dict[str, object]) -> dict[str, float]:

@@ -113,13 +113,14 @@ def leave_result(stage: TrainConfig, output_dir: Path, stages: Sequence[TrainCon
     pointer.symlink_to(Path(stage.output_dir.name) / FINAL, target_is_directory=True)
 
 
-def finished_result(final: Path, num_steps: int, stops_early: bool) -> TrainResult | None:
+def finished_result(final: Path, num_steps: int, patience: int) -> TrainResult | None:
     """Return the result of a run that has taken all its steps; a damaged `final` is moved aside, to be written again.
 
     Args:
         final: `output_dir/final`.
         num_steps: that the run is to take.
-        stops_early: whether it may end before.
+        patience: `early_stopping_patience`; with as much or less, and as many steps or fewer, a run that was stopped
+            early is finished.
 
     Returns:
         None when steps are left to take, or only `final` is to be written.
@@ -133,9 +134,12 @@ def finished_result(final: Path, num_steps: int, stops_early: bool) -> TrainResu
     if final.is_symlink() or not final.is_dir() or not any((final / name).is_file() for name in (RUN, MANIFEST)):
         raise UserError(f"{final}: is in the way of the finished model. Move it, or give another output_dir.")
     found = differences(final)
-    result: TrainResult | None = None if found else load_run(final)["result"]
+    run = {} if found else load_run(final)
+    result: TrainResult | None = run.get("result")
     num_done = 0 if result is None else int(result["global_step"])
-    if result is not None and (num_done == num_steps or (stops_early and result.get("stopped_early"))):
+    before = run.get("config", {}).get("early_stopping_patience", 0)
+    stays = num_steps <= run.get("num_steps", 0) and 0 < patience <= before
+    if result is not None and (num_done == num_steps or (stays and result.get("stopped_early"))):
         return {**result, "output_dir": str(final.parent)}
     if num_done > num_steps:
         raise UserError(

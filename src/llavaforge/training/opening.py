@@ -47,6 +47,11 @@ class HeldOut:
     index: SampleIndex
     rows: RowNumbers
 
+    @property
+    def identity(self) -> str:
+        """What tells it from other held-out data."""
+        return f"{self.index.fingerprint}, {len(self.rows)} rows"
+
 
 @dataclass(frozen=True)
 class OpenedData:

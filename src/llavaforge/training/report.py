@@ -13,14 +13,14 @@ import yaml
 from markupsafe import Markup
 
 from llavaforge.clock import PARTS
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reason
 from llavaforge.files import read_json_lines, replace_text
 from llavaforge.report.page import OWN_PAGE, render
 from llavaforge.report.svg import TEXT, svg_style, to_svg
 from llavaforge.training.bad_samples import BAD_SAMPLES
 from llavaforge.training.metrics import read_metrics
 from llavaforge.training.opening import OpenedStage
-from llavaforge.training.sample_answers import ANSWERS
+from llavaforge.training.sample_answers import ANSWERS, SampleAnswers
 from llavaforge.training.usage import NAMES
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ _EVERY_S = 60.0  # while the run goes on, and
 _MOST_SHARE = 0.005  # of its time
 _MOST_POINTS = 500  # of a curve: 1,000 logged steps are 0.2 MB
 _MOST_ANSWERS = 8  # of a sample, spread over the run
+_MOST_QUESTIONS = 24
 _MOST_LEFT_OUT = 20
 _STAND_INS = {"#000001": "var(--accent)", "#000002": "var(--special)", TEXT: "var(--faint)"}
 
@@ -56,11 +57,12 @@ class Reporter:
 
     Args:
         opened: the stage.
-        pictures: data URLs of the held-out samples that are asked, by their numbers.
+        sample_answers: has pictures of the held-out samples that are asked.
     """
 
-    def __init__(self, opened: OpenedStage, pictures: Mapping[int, Sequence[str]]) -> None:
-        self._opened, self._pictures = opened, pictures
+    def __init__(self, opened: OpenedStage, sample_answers: SampleAnswers | None) -> None:
+        self._opened, self._sample_answers = opened, sample_answers
+        self._pictures: Mapping[int, Sequence[str]] | None = None
         self._path = opened.config.output_dir / REPORT
         self._next_s = time.monotonic() + _EVERY_S
 
@@ -78,9 +80,12 @@ class Reporter:
             status: of the run, such as `is finished`.
         """
         try:
+            if self._pictures is None:
+                asked = self._sample_answers
+                self._pictures = asked.thumbnails(_MOST_QUESTIONS) if asked is not None else {}
             replace_text(self._path, report_page(self._opened, self._pictures, status), OWN_PAGE)
-        except (UserError, OSError) as error:
-            logger.warning("the report was not written: %s", error)
+        except Exception as error:  # whatever a page may be made of, it is worth no run
+            logger.warning("the report was not written: %s", error if isinstance(error, UserError) else reason(error))
 
 
 def report_page(opened: OpenedStage, pictures: Mapping[int, Sequence[str]], status: str) -> str:
@@ -112,6 +117,7 @@ def report_page(opened: OpenedStage, pictures: Mapping[int, Sequence[str]], stat
         charts=_charts(lines),
         times=_times(lines),
         questions=_questions(answers, pictures),
+        num_more_questions=len({line["sample"] for line in answers} - pictures.keys()),
         data=_data(opened),
         left_out=left_out[:_MOST_LEFT_OUT],
         num_left_out=len(left_out),
@@ -175,7 +181,8 @@ def _times(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
 def _questions(answers: Sequence[Mapping[str, Any]], pictures: Mapping[int, Sequence[str]]) -> list[Question]:
     by_sample: dict[int, list[Mapping[str, Any]]] = {}
     for line in answers:
-        by_sample.setdefault(line["sample"], []).append(line)
+        if line["sample"] in pictures:
+            by_sample.setdefault(line["sample"], []).append(line)
     questions = []
     for number, mine in by_sample.items():
         shown = mine[:: -(-len(mine) // _MOST_ANSWERS)]

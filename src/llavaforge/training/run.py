@@ -87,8 +87,8 @@ def _run_stage(config: TrainConfig, world: World, stop: StopRequest) -> TrainRes
     opened = open_stage(config, world, console)
     with claimed(config.output_dir, opened.run, config.allow_changes, world):
         final, num_steps = config.output_dir / FINAL, opened.plan.num_steps
-        stops_early = bool(config.early_stopping_patience)
-        result = world.run_on_all(lambda: finished_result(final, num_steps, stops_early) if world.is_writer else None)
+        patience = config.early_stopping_patience
+        result = world.run_on_all(lambda: finished_result(final, num_steps, patience) if world.is_writer else None)
         if (finished := world.broadcast_object(result)) is not None:
             logger.info("%s is finished already: skipped", config.output_dir)
             return {**finished, "output_dir": str(config.output_dir)}

@@ -19,6 +19,7 @@ from llavaforge.data.index.open import sample_builder
 from llavaforge.data.load.loader import BadImage
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
 from llavaforge.data.text.template import ChatTemplate
+from llavaforge.errors import is_out_of_memory
 from llavaforge.files import append_line, read_json_lines, replace_text, to_json
 from llavaforge.processes.world import World
 from llavaforge.report.pictures import thumbnail_url
@@ -76,7 +77,8 @@ class SampleAnswers:
         if not said:
             return {}
         texts = [found[number] for number in said]
-        scores = measure(self._metrics, {"answer": texts}, [self._references[number] for number in said])
+        references = {"answer": [self._references[number] for number in said]}
+        scores = measure(self._metrics, {"answer": texts}, references)
         if self._world.is_writer:
             for place, number in enumerate(said):
                 asked = self._asked[number]
@@ -85,9 +87,14 @@ class SampleAnswers:
                 append_line(self._file, line | {name: values[place] for name, values in scores.of_samples.items()})
         return {f"eval_{name}": value for name, value in scores.of_all.items()}
 
-    def thumbnails(self) -> dict[int, list[str]]:
-        """Return small pictures of the samples' images as data URLs, by the samples' numbers."""
-        return {one.number: [thumbnail_url(image) for image in self._pixels(one) or ()] for one in self._asked}
+    def thumbnails(self, most: int) -> dict[int, list[str]]:
+        """Return small pictures of some samples' images as data URLs, by the samples' numbers.
+
+        Args:
+            most: of how many samples, spread over all that are asked.
+        """
+        shown = self._asked[:: -(-len(self._asked) // most)]
+        return {one.number: [thumbnail_url(image) for image in self._pixels(one) or ()] for one in shown}
 
     def _answers(self, step: int) -> dict[int, str]:
         """Return this process's answers, by place among the samples."""
@@ -100,13 +107,24 @@ class SampleAnswers:
             for begin in range(0, len(mine), _BATCH):
                 self._world.at_step(step + 1, "answering held-out samples")
                 batch = {number: self._pixels(self._asked[number]) for number in mine[begin : begin + _BATCH]}
-                numbers = [number for number, pixels in batch.items() if pixels is not None]
-                if numbers:
-                    images = [image for number in numbers for image in batch[number] or ()]
-                    prompts = [self._asked[number].prompt for number in numbers]
-                    found |= zip(numbers, self._answerer.of_prompts(prompts, images), strict=True)
+                found |= self._answers_of({number: pixels for number, pixels in batch.items() if pixels is not None})
         model.train()
         return found
+
+    def _answers_of(self, batch: dict[int, list[Any]]) -> dict[int, str]:
+        """Return the answers of a batch, in halves where it does not fit in memory."""
+        if not batch:
+            return {}
+        prompts = [self._asked[number].prompt for number in batch]
+        images = [image for pixels in batch.values() for image in pixels]
+        try:
+            return dict(zip(batch, self._answerer.of_prompts(prompts, images), strict=True))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+        numbers, half = list(batch), len(batch) // 2
+        parts = ({number: batch[number] for number in part} for part in (numbers[:half], numbers[half:]))
+        return {number: answer for part in parts for number, answer in self._answers_of(part).items()}
 
     def _pixels(self, asked: Asked) -> list[Any] | None:
         """Return the pixels of a sample's images; None where one cannot be read, which the held-out loss tells."""

@@ -31,6 +31,7 @@ class TrainState:
         best_metric: best value of `metric_for_best_model` so far, or None.
         best_step: the step where it was measured.
         num_worse: evaluations since then.
+        judged_by: what these three are about: the metric, and of which held-out data.
         bad_samples: what messages call the records that steps left out (`on_bad_sample: skip`).
     """
 
@@ -49,6 +50,7 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     num_worse: NonNegativeInt = 0
+    judged_by: str = ""
     bad_samples: list[str] = field(default_factory=list)
 
     @classmethod
@@ -63,6 +65,13 @@ class TrainState:
             if folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{state.step}":
                 raise ValueError(f"it is of step {state.step}")
             return state
+
+    def judge_by(self, what: str) -> bool:
+        """Let evaluations be judged by this from now on; say whether earlier ones, judged otherwise, are forgotten."""
+        forgets = self.best_step is not None and self.judged_by != what
+        if self.judged_by != what:
+            self.judged_by, self.best_metric, self.best_step, self.num_worse = what, None, None, 0
+        return forgets
 
     def add_evaluation(self, value: float, lowest_is_best: bool) -> bool:
         """Note an evaluation of this step; say whether it is the best so far (what is no number never is)."""

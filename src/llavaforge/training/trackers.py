@@ -20,15 +20,18 @@ _PROJECT = "llavaforge"
 
 
 @contextmanager
-def open_trackers(names: Sequence[str], output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+def open_trackers(
+    names: Sequence[str], output_dir: Path, recipe: Mapping[str, Any], start_step: int = 0
+) -> Iterator[Tracker]:
     """Give a function that takes one line of metrics.
 
-    A tracker that fails later is dropped with a warning: it ends no run.
+    A tracker that fails later, or as it is closed, is dropped with a warning: it ends no run.
 
     Args:
         names: of `TRACKERS`.
         output_dir: of the run; its name is the run's.
         recipe: that the trackers show.
+        start_step: steps done before.
 
     Raises:
         UserError: a client is not installed, or does not start.
@@ -37,7 +40,9 @@ def open_trackers(names: Sequence[str], output_dir: Path, recipe: Mapping[str, A
         trackers: dict[str, Tracker] = {}
         for name in names:
             try:
-                trackers[name] = opened.enter_context(TRACKERS[name](output_dir, recipe))
+                context = TRACKERS[name](output_dir, recipe, start_step)
+                trackers[name] = context.__enter__()
+                opened.callback(_close, name, context)
             except ImportError as error:
                 told = f"report_to {name} needs {error.name or name}: pip install 'llavaforge[{EXTRAS[name]}]'."
                 raise UserError(told) from None
@@ -56,11 +61,19 @@ def open_trackers(names: Sequence[str], output_dir: Path, recipe: Mapping[str, A
         yield track
 
 
+def _close(name: str, context: AbstractContextManager[Tracker]) -> None:
+    try:
+        context.__exit__(None, None, None)
+    except Exception as error:  # any client's own
+        logger.warning("report_to %s: was not closed (%s)", name, reason(error))
+
+
 @contextmanager
-def _tensorboard(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+def _tensorboard(output_dir: Path, recipe: Mapping[str, Any], start_step: int) -> Iterator[Tracker]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(output_dir / "tensorboard"))
+    # What a killed start wrote of steps that are done again is dropped.
+    writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def track(line: dict[str, Any]) -> None:
         for key, value in line.items():
@@ -74,7 +87,7 @@ def _tensorboard(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracke
 
 
 @contextmanager
-def _wandb(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+def _wandb(output_dir: Path, recipe: Mapping[str, Any], start_step: int) -> Iterator[Tracker]:
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", _PROJECT)
@@ -85,18 +98,19 @@ def _wandb(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
 
 
 @contextmanager
-def _trackio(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+def _trackio(output_dir: Path, recipe: Mapping[str, Any], start_step: int) -> Iterator[Tracker]:
     import trackio
 
     trackio.init(project=os.environ.get("TRACKIO_PROJECT", _PROJECT), name=output_dir.name, config=dict(recipe))
     try:
-        yield trackio.log
+        # `step` is a word of its own.
+        yield lambda line: trackio.log({key: line[key] for key in line if key != "step"}, step=line["step"])
     finally:
         trackio.finish()
 
 
 @contextmanager
-def _mlflow(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
+def _mlflow(output_dir: Path, recipe: Mapping[str, Any], start_step: int) -> Iterator[Tracker]:
     import mlflow
 
     with mlflow.start_run(run_name=output_dir.name):
@@ -104,7 +118,7 @@ def _mlflow(output_dir: Path, recipe: Mapping[str, Any]) -> Iterator[Tracker]:
         yield lambda line: mlflow.log_metrics(line, step=line["step"])
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], AbstractContextManager[Tracker]]] = {
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], AbstractContextManager[Tracker]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,

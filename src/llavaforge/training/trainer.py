@@ -148,6 +148,8 @@ class Trainer:
         self._clock, self._shown = clock, Usage()
         held_out, num_asked = opened.data.held_out, opened.config.eval_generate_samples
         self._sample_answers = None
+        if held_out is not None and state.judge_by(f"{opened.config.metric_for_best_model} of {held_out.identity}"):
+            logger.warning("evaluations are judged otherwise than before: the best step is looked for anew")
         if held_out is not None and num_asked:
             self._sample_answers = SampleAnswers(opened, held_out, engine.world, state.step)
         self._rehearses = engine.world.device.type != "cpu"  # whose memory ends in swapping, not in an error
@@ -168,7 +170,7 @@ class Trainer:
         with (
             self._opened.packs(self._opened.data.index, order, pin_memory) as packs,
             Bar("training", not world.is_writer, state.step / max(1, plan.num_steps), log_ends=True) as bar,
-            open_trackers(trackers, config.output_dir, self._opened.run["config"]) as tracker,
+            open_trackers(trackers, config.output_dir, self._opened.run["config"], state.step) as tracker,
             self._saver,
             self._reported() as reported,
             self._profiled() as profiled,
@@ -198,15 +200,17 @@ class Trainer:
                 if self._is_due(config.logging_steps) or "eval_loss" in line:
                     line |= self._saver.take_times()
                     self._show(bar, line)
-                    tracker(line)
+                    if trackers:
+                        world.at("sending metrics")  # untimed: a server may not answer
+                        tracker(line)
                     if file is not None:
                         file.write(**line)
                     reported()
                 profiled()
-        if self._ends_early() and world.is_writer:
-            told = "stopped early at step %d of %d: the best %s, %.4f, was at step %s"
-            best = state.best_metric, state.best_step
-            logger.info(told, state.step, plan.num_steps, config.metric_for_best_model, *best)
+        if self._ends_early() and not self._is_last():
+            told = "stopped early at step %d of %d: no better %s than %s, at step %s"
+            best = config.metric_for_best_model, state.best_metric, state.best_step
+            logger.info(told, state.step, plan.num_steps, *best)
         self._step.usage.add(self._clock.read())
         logger.info("time: %s", self._step.usage)
         self._guards.check_learnt()
@@ -240,9 +244,9 @@ class Trainer:
         if self._sample_answers is not None:
             line |= self._sample_answers(state.step)
         name = f"eval_{self._opened.config.metric_for_best_model.removeprefix('eval_')}"
-        if name not in line:
-            found = ", ".join(key for key in line if key.startswith("eval_"))
-            self._world.fail(UserError(f"metric_for_best_model: `{name}` was not measured. Found: {found}."))
+        if name not in line:  # no image of the samples that are asked can be read
+            logger.warning("step %d: %s was not measured, so this step is not judged", state.step, name)
+            return False
         return state.add_evaluation(line[name], lowest_is_best=name == "eval_loss")
 
     def _ends_early(self) -> bool:
@@ -255,8 +259,7 @@ class Trainer:
         if not self._world.is_writer:
             yield lambda: None
             return
-        asked = self._sample_answers
-        reporter = Reporter(self._opened, asked.thumbnails() if asked is not None else {})
+        reporter = Reporter(self._opened, self._sample_answers)
         try:
             yield reporter.write_when_due
         except (StoppedEarly, UserError) as stop:

@@ -10,7 +10,7 @@ from itertools import islice
 from llavaforge.config.schema import DataEntry, DemoConfig, has_images_beside
 from llavaforge.data.faults import RecordError
 from llavaforge.data.index.prepare import records_of
-from llavaforge.data.pixels.decode import ImageError, inspect
+from llavaforge.data.pixels.decode import ImageError, decode
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.sources import Source, find_source
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
@@ -56,7 +56,7 @@ def held_out(config: DemoConfig) -> list[HeldOut]:
 
 def _sample(source: Source, record: Record) -> HeldOut:
     image = source.images.read(record.images[0])
-    inspect(image)
+    decode(image, record.images[0].name)
     first = next(number for number, turn in enumerate(record.turns) if turn.role == "user")
     question = record.turns[first].text.replace(IMAGE_PLACEHOLDER, "").strip()
     return HeldOut(image, question or "Describe the image.", record.turns[first + 1].text)
