@@ -238,7 +238,7 @@ class Soak:
             if float((tensor.float() - found[name].float()).abs().max()) > tolerance:
                 self.tally.failures.append(f"{output_dir.name} ({train_type}, {sizes} processes): {name} differs")
                 break
-        allowed = {"run.json", "metrics.jsonl", "loss.png", "latest", "final", ".llavaforge.lock"}
+        allowed = {"run.json", "metrics.jsonl", "loss.png", "report.html", "latest", "final", ".llavaforge.lock"}
         left = [path for path in output_dir.iterdir() if path.name not in allowed]
         left = [path for path in left if not path.name.startswith("checkpoint-")]
         self.tally.leftover_files += len(left)

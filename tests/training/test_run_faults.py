@@ -121,7 +121,7 @@ def test_a_full_disk_is_told_with_the_folder_and_nothing_half_written_is_left(
     # With `continue` all steps are taken, and then the finished model finds no place either.
     assert len(read_metrics(tmp_path / "run")) == (1 if policy == "stop" else 2)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left <= {"run.json", ".llavaforge.lock", "metrics.jsonl", "loss.png"}, left
+    assert left <= {"run.json", ".llavaforge.lock", "metrics.jsonl", "loss.png", "report.html"}, left
 
 
 def test_too_little_space_is_found_before_a_checkpoint_is_begun(
