@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,12 @@ class Trainer:
         self._step = OptimizerStep(opened, engine, state, clock)
         self._clock, self._shown = clock, Usage()
         held_out, num_asked = opened.data.held_out, opened.config.eval_generate_samples
-        self._sample_answers = None
+        self._sample_answers: SampleAnswers | None = None
         if held_out is not None and state.judge_by(f"{opened.config.metric_for_best_model} of {held_out.identity}"):
             logger.warning("evaluations are judged otherwise than before: the best step is looked for anew")
         if held_out is not None and num_asked:
-            self._sample_answers = SampleAnswers(opened, held_out, engine.world, state.step)
+            asked = partial(SampleAnswers, opened, held_out, engine.world, state.step)
+            self._sample_answers = engine.world.run_on_all(asked)
         self._rehearses = engine.world.device.type != "cpu"  # whose memory ends in swapping, not in an error
 
     def train(self, stop: StopRequest) -> TrainResult:
