@@ -9,7 +9,7 @@ Comes in: a model and a data set. Goes out: the summary, a page of the worst sam
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,13 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     if config.lmms:
         check_lmms(Path(config.model_name_or_path), config.lmms_python)
     with open_world(num_processes(), _TIMEOUT_S, needs_group=False) as world:
-        summary, write = _measure(config, world) if config.data_path is not None else (_nothing(config), None)
-        if world.is_writer:
-            if config.output_dir is not None and write is not None:
-                write()
-            if config.lmms:
-                gc.collect()
-                torch.cuda.empty_cache()  # of our model, for theirs
-                summary["lmms"] = _lmms(config)
-                if config.output_dir is not None and write is not None:
-                    write()  # once more: the summary holds theirs now
+        summary = _measure(config, world) if config.data_path is not None else _nothing(config)
+        if world.is_writer and config.lmms:
+            gc.collect()
+            torch.cuda.empty_cache()  # of our model, for theirs
+            summary["lmms"] = _lmms(config)
+            if config.output_dir is not None and config.data_path is not None:
+                _write_summary(config.output_dir, summary)  # once more, with theirs
         return world.broadcast_object(summary)
 
 
@@ -111,8 +108,8 @@ def _nothing(config: EvaluateConfig) -> EvaluateResult:
     }
 
 
-def _measure(config: EvaluateConfig, world: World) -> tuple[EvaluateResult, Callable[[], None]]:
-    """Return the summary, and what writes it down."""
+def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
+    """Measure on `data_path`, write it down and return the summary."""
     assert config.data_path is not None
     loaded = world.run_on_all(lambda: open_model(config.model_name_or_path, config.base_model))
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
@@ -148,12 +145,9 @@ def _measure(config: EvaluateConfig, world: World) -> tuple[EvaluateResult, Call
         found |= theirs
     lines = [found[number] for number in range(len(records))]
     summary = _summary(config, lines, metrics, records, references)
-
-    def write() -> None:
-        assert config.output_dir is not None
+    if config.output_dir is not None and world.is_writer:
         _write(config.output_dir, lines, summary, evaluation_page(dataset, lines, summary, metrics))
-
-    return summary, write
+    return summary
 
 
 def references_of(record: Record) -> References:
@@ -272,10 +266,10 @@ def _summary(
 
 
 def _write(output_dir: Path, lines: Sequence[dict[str, Any]], summary: EvaluateResult, page: str) -> None:
-    texts = {
-        _SAMPLES: "".join(to_json(line) + "\n" for line in lines),
-        _SUMMARY: to_json(summary, indent=1) + "\n",
-        _PAGE: page,
-    }
-    for name, text in texts.items():
-        replace_text(output_dir / name, text, _OWN[name])
+    replace_text(output_dir / _SAMPLES, "".join(to_json(line) + "\n" for line in lines), _OWN[_SAMPLES])
+    replace_text(output_dir / _PAGE, page, _OWN[_PAGE])
+    _write_summary(output_dir, summary)
+
+
+def _write_summary(output_dir: Path, summary: EvaluateResult) -> None:
+    replace_text(output_dir / _SUMMARY, to_json(summary, indent=1) + "\n", _OWN[_SUMMARY])
