@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llavaforge.config.schema import Schema, TrainConfig
@@ -12,7 +13,9 @@ from llavaforge.data.index.open import open_index
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.plan import MicroBatch
+from llavaforge.data.rows.records import Record
 from llavaforge.model.load import LoadedModel
+from llavaforge.model.tower import normalize
 from llavaforge.model_folder.names import to_module_name
 from llavaforge.model_folder.tensors import open_tensors
 
@@ -66,3 +69,16 @@ def arguments_of(config: Schema, verb: str = "train") -> list[str]:
 def command(config: TrainConfig) -> list[str]:
     """The command line that starts this run in a process of its own, from nothing."""
     return [sys.executable, "-m", "llavaforge", *arguments_of(config)]
+
+
+def stock_log_likelihood(stock: LoadedModel, builder: Any, record: Record, pixels: torch.Tensor) -> float:
+    """Return the log-probability of a record's last answer by transformers' own forward pass."""
+    sample = builder.build(record)
+    repeats = [stock.num_image_tokens if token == stock.image_token_id else 1 for token in sample.ids]
+    ids = np.repeat(sample.ids, repeats)
+    begin, end = sample.supervised_spans[-2:]
+    places = range(sum(repeats[:begin]), sum(repeats[:end]))
+    with torch.no_grad():
+        values = normalize(pixels, stock.preprocessing, torch.float32)
+        logits = stock.model(input_ids=torch.tensor(ids)[None], pixel_values=values).logits[0].log_softmax(-1)
+    return float(sum(logits[place - 1, ids[place]] for place in places))

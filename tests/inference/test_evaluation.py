@@ -5,22 +5,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from llavaforge.answers.choices import Chooser, candidates, options_of, right_choice
+from llavaforge.answers.choices import candidates, options_of, right_choice
 from llavaforge.config.schema import EvaluateConfig, SampleOptions
 from llavaforge.data.index.open import sample_builder
-from llavaforge.data.load.pack import Pack
-from llavaforge.data.rows.records import Record, parse_record
+from llavaforge.data.rows.records import parse_record
 from llavaforge.errors import UserError
 from llavaforge.inference.evaluate import evaluate
-from llavaforge.model.load import LoadedModel, load_model
-from llavaforge.model.step import StepModule
-from llavaforge.model.tower import normalize
+from llavaforge.model.load import load_model
 from ranks import free_port, rank_environment
-from train_tools import arguments_of, open_packs, train_config
+from train_tools import arguments_of, open_packs, pack_of, stock_log_likelihood, train_config
 from warm import WarmProcess, command_line
 
 QUESTION = "What is it?\nA. red\nB. a much longer option\nC. blue\nAnswer with the letter."
@@ -71,21 +66,17 @@ def test_options_are_answered_in_the_form_of_the_reference(own: str, others: lis
 def test_the_likeliest_option_is_the_stock_models(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
     rows = rows_of(shapes, QUESTION, "B. a much longer option")
     data = data_of(tmp_path / "data", shapes, rows)
-    loaded = load_model(str(tiny_llava))
-    _, dataset = open_packs(loaded, train_config(tiny_llava, data, tmp_path))
-    builder = sample_builder(loaded.processor, loaded.num_image_tokens, SampleOptions())
     stock = load_model(str(tiny_llava))
+    _, dataset = open_packs(stock, train_config(tiny_llava, data, tmp_path))
+    builder = sample_builder(stock.processor, stock.num_image_tokens, SampleOptions())
     expected = []
-    records = [parse_record(row) for row in rows]
-    pack = dataset[pack_source(len(rows))]
-    for number, record in enumerate(records):
+    for number, row in enumerate(rows):
+        pixels = pack_of(dataset, number).pixels_ICHW
         values = {
-            letter: stock_log_likelihood(stock, builder, one, pack, number)
-            for letter, one in candidates(record).items()
+            letter: stock_log_likelihood(stock, builder, one, pixels)
+            for letter, one in candidates(parse_record(row)).items()
         }
         expected.append(max(values, key=lambda letter: values[letter]))
-    chooser = Chooser(StepModule(loaded.model, loaded.preprocessing).eval(), builder, loaded.image_token_id)
-    assert chooser(records, pack) == expected
     found = evaluate(config_of(tiny_llava, data, tmp_path / "out", metrics=["multiple_choice_likelihood"]))
     lines = lines_of(tmp_path / "out")
     assert [line["likeliest_choice"] for line in lines] == expected
@@ -115,25 +106,6 @@ def test_the_right_choice_is_told_by_text_or_letter(options: str, answer: str, r
     if right:
         assert candidates(record)[right].turns[-1].text == answer
         assert len({one.turns[-1].text for one in candidates(record).values()}) == len(options_of(record))
-
-
-def pack_source(number: int) -> Any:
-    from llavaforge.data.order.plan import MicroBatch
-
-    return MicroBatch(0, tuple(range(number)), True, 0)
-
-
-def stock_log_likelihood(stock: LoadedModel, builder: Any, record: Record, pack: Pack, image: int) -> float:
-    """Return the log-probability of a record's answer by transformers' own forward pass."""
-    sample = builder.build(record)
-    repeats = [stock.num_image_tokens if token == stock.image_token_id else 1 for token in sample.ids]
-    ids = np.repeat(sample.ids, repeats)
-    labels = np.repeat(sample.labels(), repeats)
-    pixels = normalize(pack.pixels_ICHW[image : image + 1], stock.preprocessing, torch.float32)
-    with torch.no_grad():
-        logits = stock.model(input_ids=torch.tensor(ids)[None], pixel_values=pixels).logits[0].log_softmax(-1)
-    places = np.flatnonzero(labels != -100)
-    return float(sum(logits[place - 1, ids[place]] for place in places))
 
 
 def test_a_question_without_options_and_answers_that_are_missing_are_the_users(

@@ -139,7 +139,7 @@ def test_image_features_equal_the_stock_models(loaded: LoadedModel, tiny_llava: 
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8, generator=generator)
     stock = loaded.model.get_image_features(normalize(pixels, loaded.preprocessing, torch.float32)).pooler_output
-    torch.testing.assert_close(module._image_features(pixels), torch.stack(list(stock)), rtol=0, atol=0)
+    torch.testing.assert_close(module._of_pixels(pixels), torch.stack(list(stock)), rtol=0, atol=0)
 
 
 def test_loss_in_chunks_equals_loss_in_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Multiple choice by likelihood: which of the offered answers the model finds likeliest.
 
-Comes in: records whose questions offer lettered options, and their packs. Goes out: a letter for each.
+Comes in: records whose questions offer lettered options, and what the model has seen of them. Goes out: a letter each.
 
     What is it?
     A. a dog
@@ -11,16 +11,16 @@ Comes in: records whose questions offer lettered options, and their packs. Goes 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
-from llavaforge.data.index.index import Row
-from llavaforge.data.load.pack import Pack, make_pack
+from llavaforge.answers.prefill import Prefill
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.turns import Turn
-from llavaforge.data.text.sample import SampleBuilder
-from llavaforge.model.step import StepModule
+from llavaforge.data.text.sample import Sample, SampleBuilder
+from llavaforge.model.attention import stock_attention
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(\S.*)$", re.MULTILINE)
 _LETTER = re.compile(r"\W*([A-Z])(?=\s*$|[.):,\n])")
@@ -65,54 +65,56 @@ class Chooser:
     """Chooses the likeliest option: the one whose tokens have the largest summed log-probability.
 
     Args:
-        step_module: the model.
+        model: a stock Llava.
         builder: makes samples of records.
-        image_token_id: id of `<image>`.
     """
 
-    def __init__(self, step_module: StepModule, builder: SampleBuilder, image_token_id: int) -> None:
-        self._step_module, self._image_token_id = step_module, image_token_id
-        self._builder = replace(builder, max_length=_UNBOUNDED)
+    def __init__(self, model: Any, builder: SampleBuilder) -> None:
+        self._model, self._builder = model, replace(builder, max_length=_UNBOUNDED)
 
-    def __call__(self, records: Sequence[Record], pack: Pack) -> list[str]:
-        """Return a letter for each record of a pack; an empty text where nothing is offered.
-
-        All records with an option of a letter are one pack, so no pack is much larger than the one that came in.
-        """
+    def __call__(self, records: Sequence[Record], prefill: Prefill) -> list[str]:
+        """Return a letter for each record of a pack that the model has seen; an empty text where nothing is offered."""
         offered = [candidates(record) if options_of(record) else {} for record in records]
-        ends = np.cumsum([len(record.images) for record in records])
         likelihoods: list[dict[str, float]] = [{} for _ in records]
         for letter in sorted(set().union(*offered)):
-            numbers = [number for number, mine in enumerate(offered) if letter in mine]
-            images = [
-                pack.pixels_ICHW[image].cpu().numpy()
-                for number in numbers
-                for image in range(ends[number] - len(records[number].images), ends[number])
-            ]
-            found = self._log_likelihoods([offered[number][letter] for number in numbers], images, pack.ids_T.device)
-            for number, value in zip(numbers, found, strict=True):
+            asked = {number: mine[letter] for number, mine in enumerate(offered) if letter in mine}
+            for number, value in zip(asked, self._log_likelihoods(asked, prefill), strict=True):
                 likelihoods[number][letter] = value
         return [max(mine, key=lambda letter: mine[letter]) if mine else "" for mine in likelihoods]
 
-    def _log_likelihoods(
-        self, records: Sequence[Record], images: Sequence[np.ndarray], device: torch.device
-    ) -> list[float]:
-        rows = []
-        for record in records:
-            sample = self._builder.build(record)
-            # The last answer alone: what was said before is the same for all options.
-            spans = np.array(sample.supervised_spans[-2:], dtype=np.int32)
-            ids = np.array(sample.ids, dtype=np.int32)
-            rows.append(Row(0, "", 0, record.id, record.images, ids, spans, sample.length))
-        pack = make_pack(rows, images, self._image_token_id, self._builder.num_image_tokens).to(device)
-        return [-loss * count for loss, count in sample_losses(self._step_module, pack)]
+    @torch.no_grad()
+    def _log_likelihoods(self, asked: dict[int, Record], prefill: Prefill) -> list[float]:
+        """Return the log-probability of each record's last answer; what was said before is the same for all options."""
+        samples = [self._expanded(self._builder.build(record)) for record in asked.values()]
+        numbers = list(asked)
+        num_kept = [
+            min(prefill.num_common(number, ids), start - 1)
+            for number, (ids, start, _) in zip(numbers, samples, strict=True)
+        ]
+        rest = [ids[kept:] for kept, (ids, _, _) in zip(num_kept, samples, strict=True)]
+        longest, device = max(map(len, rest)), self._model.device
+        ids_NR = torch.tensor([ids + [0] * (longest - len(ids)) for ids in rest], device=device)
+        kept_N1 = torch.tensor(num_kept, device=device)[:, None]
+        most = max(num_kept)
+        mask = torch.arange(most, device=device) >= most - kept_N1  # what fills up on the right comes after all
+        with stock_attention(self._model):
+            hidden_NRD = self._model.model(
+                input_ids=ids_NR,
+                attention_mask=torch.cat([mask, torch.ones_like(ids_NR, dtype=torch.bool)], dim=1).long(),
+                position_ids=kept_N1 + torch.arange(longest, device=device),
+                past_key_values=prefill.cache(numbers, num_kept),
+                **prefill.images(numbers, num_kept),
+            ).last_hidden_state
+        found = []
+        for hidden_RD, ids_R, kept, (_, start, end) in zip(hidden_NRD, ids_NR, num_kept, samples, strict=True):
+            logits = self._model.lm_head(hidden_RD[start - 1 - kept : end - 1 - kept]).float()
+            found.append(-float(cross_entropy(logits, ids_R[start - kept : end - kept], reduction="sum")))
+        return found
 
-
-@torch.no_grad()
-def sample_losses(step_module: StepModule, pack: Pack) -> list[tuple[float, int]]:
-    """Return mean loss and number of supervised tokens of each sample of a pack."""
-    losses = step_module.token_losses(pack)
-    sample_of = torch.searchsorted(pack.cu_seqlens_N1, pack.predictors_S.to(torch.int32), right=True) - 1
-    count = torch.bincount(sample_of, minlength=len(pack.lengths))
-    total = torch.zeros(len(pack.lengths), device=losses.device).index_add_(0, sample_of, losses)
-    return list(zip((total / count).tolist(), count.tolist(), strict=True))
+    def _expanded(self, sample: Sample) -> tuple[list[int], int, int]:
+        """Return a sample's ids with every image token written out, and where its last answer begins and ends."""
+        image, repeats = self._builder.image_token_id, self._builder.num_image_tokens
+        ids = [token for one in sample.ids for token in ([one] * repeats if one == image else [one])]
+        begin, end = sample.supervised_spans[-2:]
+        more = sample.num_images * (repeats - 1)  # all images come before the last answer
+        return ids, begin + more, end + more

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from llavaforge.answers.prefill import Prefill
 from llavaforge.config.schema import SampleOptions
 from llavaforge.data.index.open import sample_builder
 from llavaforge.data.pixels.preprocessing import Pixels, Preprocessing
@@ -115,20 +116,44 @@ class Answerer:
             on_text: as above.
             is_stopped: as above.
         """
+        seen = self._images([torch.from_numpy(image) for image in images])
+        return self._generate([self._expanded(prompt) for prompt in prompts], seen, on_text, is_stopped)
+
+    def after(self, prefill: Prefill, questions: Sequence[Question]) -> list[str]:
+        """Return one answer per question, each the prompt of a sample of a pack that the model has seen already.
+
+        The pack's keys and values are given up.
+        """
+        prompts = [self._expanded(self._ids(question)) for question in questions]
+        numbers = range(len(prompts))
+        # The last token is never taken from the pack: it predicts the first of the answer. Where an answer's first
+        # characters belong to a token of the prompt, the sample has another token there.
+        common = [min(prefill.num_common(number, ids), len(ids) - 1) for number, ids in enumerate(prompts)]
+        rest = max(len(ids) - same for ids, same in zip(prompts, common, strict=True))
+        num_kept = [max(len(ids) - rest, 0) for ids in prompts]
+        seen = prefill.images(numbers, num_kept)
+        return self._generate(prompts, seen | {"past_key_values": prefill.cache(numbers, num_kept, is_last=True)})
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seen: dict[str, Any],
+        on_text: Callable[[str], None] | None = None,
+        is_stopped: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """Return one answer per prompt, which has every image token written out; `seen` is for the stock model."""
         tokenizer, device = self._loaded.processor.tokenizer, self._loaded.model.device
-        prompts = [self._expanded(prompt) for prompt in prompts]
         longest = max(map(len, prompts))
         pad = self._settings["pad_token_id"]
         ids_BT = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
         mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        pixels = [torch.from_numpy(image) for image in images]
         with torch.no_grad(), stock_attention(self._loaded.model):
             output = self._loaded.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 streamer=None if on_text is None else _Pieces(tokenizer, on_text),
                 stopping_criteria=StoppingCriteriaList([] if is_stopped is None else [_Stop(is_stopped)]),
-                **self._images(pixels),
+                **seen,
                 **self._settings,
             )
         answers: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

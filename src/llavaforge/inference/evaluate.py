@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from llavaforge.answers.choices import Chooser, options_of, right_choice, sample_losses
+from llavaforge.answers.choices import Chooser, options_of, right_choice
 from llavaforge.answers.generate import Answerer, Question
 from llavaforge.answers.metrics import METRICS, References, chosen, interval, measure
+from llavaforge.answers.prefill import Prefill
 from llavaforge.checkpoint.trained import open_model
 from llavaforge.config.schema import DataEntry, EvaluateConfig
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.index.open import open_checked_index, sample_builder
 from llavaforge.data.index.prepare import records_of
 from llavaforge.data.load.loader import PackDataset, loading
-from llavaforge.data.load.pack import Pack
 from llavaforge.data.order.plan import MicroBatch, in_order
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
@@ -138,7 +138,7 @@ def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
     if "likeliest_choice" in judged:
         _check_options(records)
         builder = sample_builder(loaded.processor, loaded.num_image_tokens, config)
-        chooser = Chooser(step_module, builder, loaded.image_token_id)
+        chooser = Chooser(loaded.model, builder)
     mine = dict(_lines(config, step_module, dataset, records, answerer, chooser, world))
     found: dict[int, dict[str, Any]] = {}
     for theirs in world.all_gather_objects(mine):
@@ -199,23 +199,17 @@ def _lines(
     ):
         for number, pack in enumerate(packs, 1):
             asked = [records[sample] for sample in pack.source.samples]
-            pack = pack.to(world.device)
-            losses = sample_losses(step_module, pack)
-            answers = _answers(answerer, asked, pack) if answerer else None
-            choices = chooser(asked, pack) if chooser else None
+            prefill = Prefill(step_module, pack.to(world.device), is_continued=bool(answerer or chooser))
+            choices = chooser(asked, prefill) if chooser else None
+            answers = answerer.after(prefill, [Question(record.turns[:-1]) for record in asked]) if answerer else None
             for place, (sample, record, (loss, count)) in enumerate(
-                zip(pack.source.samples, asked, losses, strict=True)
+                zip(pack.source.samples, asked, prefill.losses, strict=True)
             ):
                 line = _line(record, loss, count)
                 line |= {"answer": answers[place]} if answers else {}
                 line |= {"likeliest_choice": choices[place]} if choices else {}
                 yield sample, line
             bar.update(number / len(order), f"{number * world.size} of {len(batches)} batches  ")
-
-
-def _answers(answerer: Answerer, records: Sequence[Record], pack: Pack) -> list[str]:
-    pixels = iter(pack.pixels_ICHW.cpu().numpy())
-    return answerer([Question(record.turns[:-1], [next(pixels) for _ in record.images]) for record in records])
 
 
 def _line(record: Record, loss: float, num_supervised: int) -> dict[str, Any]:

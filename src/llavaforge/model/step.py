@@ -62,15 +62,21 @@ class StepModule(nn.Module):
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the sum of the supervised tokens' cross-entropies, a float32 scalar."""
         # Features first, whatever the pack: DeepSpeed reduces gradients in the order in which a rank has them.
-        images_IPD = self._projected(pack) if pack.num_images else self._blank_features()
+        images_IPD = self.image_features(pack) if pack.num_images else self._blank_features()
         are_put_in = bool(pack.num_images) or self.runs_all_modules
         hidden_TD = self._text_model(pack, images_IPD if are_put_in else None)
         total: torch.Tensor = self.loss_head(hidden_TD, pack.predictors_S, pack.targets_S)
         return total if are_put_in else total + 0.0 * images_IPD.sum().float()
 
-    def token_losses(self, pack: Pack) -> torch.Tensor:
-        """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients)."""
-        hidden_TD = self._text_model(pack, self._projected(pack) if pack.num_images else None)
+    def token_losses(self, pack: Pack, images_IPD: torch.Tensor | None, cache: Any) -> torch.Tensor:
+        """Return the cross-entropy of each supervised token, (S,) float32 (for evaluation, without gradients).
+
+        Args:
+            pack: the samples.
+            images_IPD: the projected features of its images (`image_features`); None where there are none.
+            cache: a `transformers.Cache` that takes the pack's keys and values.
+        """
+        hidden_TD = self._text_model(pack, images_IPD, cache)
         pieces = zip(
             hidden_TD.index_select(0, pack.predictors_S).split(CHUNK), pack.targets_S.split(CHUNK), strict=True
         )
@@ -78,7 +84,7 @@ class StepModule(nn.Module):
             [cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in pieces]
         )
 
-    def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None) -> torch.Tensor:
+    def _text_model(self, pack: Pack, images_IPD: torch.Tensor | None, cache: Any = None) -> torch.Tensor:
         """Return the last hidden states, (T, D).
 
         Features are put in by index: the stock model looks for the image tokens on the device, and waits for it twice.
@@ -95,20 +101,21 @@ class StepModule(nn.Module):
         outputs = model.language_model(
             inputs_embeds=embedded_TD.unsqueeze(0),
             position_ids=pack.position_ids_T.unsqueeze(0),
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
             borders=Borders(pack.lengths, pack.cu_seqlens_N1, max(pack.lengths)),
         )
         hidden: torch.Tensor = outputs.last_hidden_state
         return hidden.squeeze(0)
 
-    def _projected(self, pack: Pack) -> torch.Tensor:
+    def image_features(self, pack: Pack) -> torch.Tensor:
         """Return the projected features of a pack's images, (I, P, D)."""
         if not len(pack.features_IPD):
-            return self._image_features(pack.pixels_ICHW)
+            return self._of_pixels(pack.pixels_ICHW)
         projected: torch.Tensor = self.model.model.multi_modal_projector(pack.features_IPD)
         return projected
 
-    def _image_features(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
+    def _of_pixels(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
         """Return the projected features, (I, P, D)."""
         tower = self.model.model.vision_tower
         self._begin(TOWER)
@@ -134,7 +141,7 @@ class StepModule(nn.Module):
         if self._tower_learns() or (self.runs_all_modules and not self._features_given):
             vision = config.vision_config
             size = (1, vision.num_channels, vision.image_size, vision.image_size)
-            return self._image_features(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
+            return self._of_pixels(torch.zeros(size, dtype=torch.uint8, device=parameter.device))
         width = feature_width(config)
         blank: torch.Tensor = projector(torch.zeros(1, 1, width, dtype=parameter.dtype, device=parameter.device))
         return blank
