@@ -194,9 +194,9 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged folder, so that its name is free and nothing of it is lost; return its new name."""
-    names = (folder.with_name(f"{folder.name}.corrupt{f'-{number}' * (number > 1)}") for number in count(1))
+def set_aside(folder: Path, why: str = "corrupt") -> Path:
+    """Rename a folder, so that its name is free and nothing of it is lost; return its new name, which says why."""
+    names = (folder.with_name(f"{folder.name}.{why}{f'-{number}' * (number > 1)}") for number in count(1))
     return folder.rename(next(name for name in names if not os.path.lexists(name)))
 
 

@@ -12,6 +12,8 @@ import torch
 from llavaforge import folders
 from llavaforge.config.schema import TrainConfig
 from llavaforge.errors import UserError, as_user_error
+from llavaforge.folders import read_manifest
+from llavaforge.training.metrics import read_metrics
 from llavaforge.training.run import train
 from train_tools import tensors_of, train_config
 
@@ -229,6 +231,21 @@ def test_a_checkpoint_that_is_none_is_refused(config: Config, tiny_llava: Path, 
     (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "checkpoint-3")
     with pytest.raises(UserError, match=r"train_state.json: cannot be read \(ValueError: it is of step 2\)"):
         train(config(resume_from_checkpoint=tmp_path / "checkpoint-3", max_steps=6))
+
+
+def test_an_older_checkpoint_that_is_asked_for_sets_the_newer_ones_aside(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(save_steps=1, save_total_limit=4))
+    before = {step: read_manifest(run / f"checkpoint-{step}") for step in (2, 3, 4)}
+    options = dict(save_steps=1, save_total_limit=4, learning_rate=0.5, allow_changes=["learning_rate"])
+    shutil.rmtree(run / "final")
+    train(config(**options, resume_from_checkpoint=run / "checkpoint-2"))
+    for step in (3, 4):
+        assert read_manifest(run / f"checkpoint-{step}.superseded") == before[step]
+        assert read_manifest(run / f"checkpoint-{step}") != before[step]
+    assert read_manifest(run / "checkpoint-2") == before[2]
+    assert (run / "latest").read_text() == "checkpoint-4\n"
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
 
 
 def test_a_link_that_leads_to_itself_is_no_place_for_a_run(config: Config, tmp_path: Path) -> None:

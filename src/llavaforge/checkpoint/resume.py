@@ -185,6 +185,20 @@ def find_checkpoint(
     return None
 
 
+def leave_newer(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than the one that a run goes on from, whose way it is about to leave.
+
+    Else those steps would not be saved anew, and `auto` would go on from the way that was left.
+    """
+    for newer in steps_of(output_dir):
+        if newer > step:
+            folder = output_dir / f"{PREFIX}{newer}"
+            told = "the run goes on from step %d: %s is kept as %s"
+            logger.warning(told, step, folder, set_aside(folder, "superseded").name)
+    if (output_dir / LATEST).is_file():
+        replace_text(output_dir / LATEST, f"{PREFIX}{step}\n")
+
+
 def _is_run(output_dir: Path) -> bool:
     """Say whether a folder is a run's: it says so, or a checkpoint in it does."""
     folders = [output_dir, *(output_dir / f"{PREFIX}{step}" for step in steps_of(output_dir))]
