@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths faults soak test-clients test-demo docs
+.PHONY: demo test test-lowest check bench bench-gpu bench-data bench-scaling bench-features bench-lengths bench-evaluate faults soak test-clients test-demo docs
 
 # One set-up for all: the stamp is renewed when the pins or the package's metadata change.
 .venv/installed: constraints.txt pyproject.toml
@@ -74,6 +74,9 @@ bench-features: .venv/installed
 
 bench-lengths: .venv/installed
 	$(BIN)/python -m bench.lengths
+
+bench-evaluate: .venv/installed
+	$(BIN)/python -m bench.evaluate
 
 faults: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.faults

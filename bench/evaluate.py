@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["machine"] = machine.describe(torch.float32)
     with tempfile.TemporaryDirectory(prefix="llavaforge-bench-") as name:
         model, data = options.model_name_or_path, options.data_path
+        result["model"] = options.name or f"random weights, {options.size}"
         if model is None:
             texts = make_samples(Path(name) / "data")
             model = make_model(Path(name) / "model", _SIZES[options.size], texts)
@@ -115,6 +116,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(_SIZES), default="replica", help="of random weights")
     parser.add_argument("--model_name_or_path", type=Path, help="a model folder instead")
     parser.add_argument("--data_path", type=Path, help="for that model")
+    parser.add_argument("--name", help="what the result calls it")
     parser.add_argument("--num_samples", type=int, default=48, help="that are answered (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="of `evaluate` (default: %(default)s)")

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tools import write_measured
 from tools.docs_pages import ROOT, pages
 
 from llavaforge.cli import VERBS
@@ -35,3 +36,7 @@ def test_options_that_others_names_lead_to_are_there() -> None:
     ours = [row.split("|")[2] for row in text.splitlines() if row.startswith("| ") and "|---" not in row]
     named = {name for cell in ours for name in re.findall(r"--([a-z_]+)|`([a-z_]+):", cell) for name in name if name}
     assert len(named) > 10 and named <= known, named - known
+
+
+def test_the_page_of_figures_is_that_of_the_files_of_results() -> None:
+    assert write_measured.PAGE.read_text() == write_measured.page()

@@ -86,3 +86,10 @@ def on_files(files: Any, config: Any) -> Any:
     for place, text in pages().items():
         files.append(File.generated(config, place, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Return a page of docs/ with its links out of docs/ as they are on the site; mkdocs calls this."""
+    for name, place in _BESIDE.items():
+        markdown = markdown.replace(f"](../{name})", f"]({place})")
+    return re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", markdown)  # what the site does not have
