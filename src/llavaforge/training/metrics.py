@@ -57,7 +57,8 @@ def draw_curve(output_dir: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.11, top=0.92)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o-")):

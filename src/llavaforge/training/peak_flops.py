@@ -6,6 +6,7 @@ of a large matrix product.
 
 import logging
 import time
+from functools import cache
 
 import torch
 
@@ -37,6 +38,7 @@ def known_flops(name: str, dtype: torch.dtype) -> float | None:
     return None if card is None or dtype != torch.bfloat16 else 1e12 * card.bf16_tflops
 
 
+@cache  # it takes a second: once for all stages of a process
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the best FLOP/s of square matrix products on this device."""
     best = 0.0
