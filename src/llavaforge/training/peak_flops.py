@@ -21,6 +21,7 @@ _REPEATS = 5
 _LONGEST_S = 0.5  # of one product
 
 
+@cache  # a measurement takes a second: once for all stages of a process
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s that a device can reach: by its data sheet, or of another one by a measurement."""
     if device.type == "cuda":
@@ -38,7 +39,6 @@ def known_flops(name: str, dtype: torch.dtype) -> float | None:
     return None if card is None or dtype != torch.bfloat16 else 1e12 * card.bf16_tflops
 
 
-@cache  # it takes a second: once for all stages of a process
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the best FLOP/s of square matrix products on this device."""
     best = 0.0
