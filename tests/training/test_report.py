@@ -119,10 +119,11 @@ def records_of_log(data: bytes, header: int = 7, block: int = 1 << 15) -> Iterat
 
 
 def test_wandb_offline_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     track(["wandb"], tmp_path)
+    wandb.teardown()  # as at the end of the process: until then its own process may still be writing
     from wandb.proto import wandb_internal_pb2
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
