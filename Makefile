@@ -37,8 +37,8 @@ docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict --quiet
 
-# The page of `llavaforge demo` in a browser. Gradio takes no Pillow from 13 on, so it has an environment of its own, with
-# an older Pillow above all else of .venv.
+# The page of `llavaforge demo` in a browser, and trackio. Gradio and trackio take no Pillow from 13 on, so they have an
+# environment of their own, with an older Pillow above all else of .venv.
 .venv-demo/installed: .venv/installed constraints.txt
 	$(BIN)/python -m venv .venv-demo
 	for version in $$(ls .venv-demo/lib); do \
@@ -46,11 +46,11 @@ docs: .venv/installed
 			>.venv-demo/lib/$$version/site-packages/base.pth; done
 	grep -vi '^pillow==' constraints.txt >.venv-demo/constraints.txt
 	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-demo/constraints.txt \
-		'gradio>=6.31,<7' playwright
+		'gradio>=6.31,<7' playwright 'trackio>=0.43'
 	touch $@
 
 test-demo: .venv-demo/installed
-	.venv-demo/bin/python -m pytest -n0 tests/inference/test_demo.py
+	.venv-demo/bin/python -m pytest -n0 tests/inference/test_demo.py tests/training/test_trackio.py
 
 check: .venv/installed
 	$(BIN)/ruff check

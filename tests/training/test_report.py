@@ -150,13 +150,6 @@ def test_mlflow_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.info.run_name == "my-run"
 
 
-def test_trackio_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    track(["trackio"], tmp_path / "my-run")
-    assert list((tmp_path / "trackio").iterdir())
-
-
 def test_a_client_that_is_missing_or_does_not_start_is_told_and_one_that_fails_later_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

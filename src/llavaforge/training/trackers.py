@@ -6,8 +6,9 @@ Comes in: lines of metrics. Goes out: what the client makes of them; its own env
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,15 @@ def _wandb(output_dir: Path, recipe: Mapping[str, Any], start_step: int) -> Iter
 def _trackio(output_dir: Path, recipe: Mapping[str, Any], start_step: int) -> Iterator[Tracker]:
     import trackio
 
-    trackio.init(project=os.environ.get("TRACKIO_PROJECT", _PROJECT), name=output_dir.name, config=dict(recipe))
+    project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
+    with redirect_stdout(sys.stderr):  # what it says is no result
+        trackio.init(project=project, name=output_dir.name, group=output_dir.name, config=dict(recipe))
     try:
         # `step` is a word of its own.
         yield lambda line: trackio.log({key: line[key] for key in line if key != "step"}, step=line["step"])
     finally:
-        trackio.finish()
+        with redirect_stdout(sys.stderr):
+            trackio.finish()
 
 
 @contextmanager
