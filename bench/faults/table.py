@@ -168,8 +168,8 @@ CLASSES = (
 )  # fmt: skip
 
 NOT_APPLICABLE = {
-    "remote images, SSRF, servers without a key, Gradio": "nothing is fetched; `demo` serves at 127.0.0.1 alone unless told "
-    "otherwise, gives no file away and bounds uploads (`make test-demo`)",
+    "remote images, SSRF, servers without a key, Gradio": "nothing is fetched; `demo` serves at 127.0.0.1 alone unless "
+    "told otherwise, gives no file away and bounds uploads (`make test-demo`)",
     "a GPU's own faults (NCCL, device memory)": "none came on the one H200 that was tried, by `make bench-gpu`",
     "flipped bits in the middle of a JPEG": "the format has no checksum; a zip's CRC-32 is checked",
 }
