@@ -853,7 +853,7 @@ def evaluate(
             `multiple_choice` (by letter). `multiple_choice_likelihood` is for options in the question, `anls` for texts
             read from documents, `cider` and `bleu` for captions.
         bf16: Compute in bfloat16; `auto` where the hardware is fast at it.
-        dataloader_num_workers: Processes that decode images.
+        dataloader_num_workers: Processes that decode images, where there are so many that it pays.
 
     Returns:
         The keys of `EvaluateResult`: `num_samples`, `loss`, `perplexity`, `exact_match`, `lmms`, `intervals`,

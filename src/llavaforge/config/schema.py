@@ -588,7 +588,7 @@ class EvaluateConfig(SampleOptions):
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto` where the hardware is fast at it."""
     dataloader_num_workers: NonNegativeInt = 2
-    """Processes that decode images."""
+    """Processes that decode images, where there are so many that it pays."""
 
     @field_validator("lmms", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ Comes in: a model and a data set. Goes out: the summary, a page of the worst sam
 import gc
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_EXPONENT = 700  # of e, in float64
 _TIMEOUT_S = 600.0  # for processes to meet
+_START_OF_WORKERS_S = 5.0  # on two cores: mostly imports
 _SAMPLES, _SUMMARY, _PAGE = "samples.jsonl", "summary.json", "report.html"
 # How the files begin that may be replaced (`files.check_own`).
 _OWN = {
@@ -194,7 +196,7 @@ def _lines(
     order = [MicroBatch(0, batch, True, 0) for batch in batches[world.rank :: world.size]]
     is_cuda = world.device.type == "cuda"
     with (
-        loading(dataset, order, config.dataloader_num_workers, is_cuda) as packs,
+        loading(dataset, order, _num_workers(dataset, order, config.dataloader_num_workers), is_cuda) as packs,
         Bar("evaluating", not world.is_writer) as bar,
     ):
         for number, pack in enumerate(packs, 1):
@@ -210,6 +212,15 @@ def _lines(
                 line |= {"likeliest_choice": choices[place]} if choices else {}
                 yield sample, line
             bar.update(number / len(order), f"{number * world.size} of {len(batches)} batches  ")
+
+
+def _num_workers(dataset: PackDataset, order: Sequence[MicroBatch], most: int) -> int:
+    """Return how many processes read images: none where that is done here before they have started."""
+    if not most or not order:
+        return 0
+    begin_s = time.perf_counter()
+    dataset[order[0]]
+    return most if (time.perf_counter() - begin_s) * len(order) > _START_OF_WORKERS_S else 0
 
 
 def _line(record: Record, loss: float, num_supervised: int) -> dict[str, Any]:
