@@ -774,7 +774,8 @@ def compare(
             of steps.
         budget_flops: Model FLOPs that each run spends, such as 1e15.
         max_eval_samples: Use only the first so many held-out records.
-        metrics: What is measured of generated answers, as in `evaluate`.
+        metrics: What is measured of generated answers, as in `evaluate`; the first one that suits also while a run goes
+            on, of `eval_generate_samples` records (32, unless given).
         max_new_tokens: Longest answer that is generated.
 
     Returns:

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llavaforge.answers.metrics import measure
+from llavaforge.answers.vqa import vqa_accuracy
 from llavaforge.checkpoint.state import steps_of
 from llavaforge.config.load import build
 from llavaforge.config.schema import VALUES_OF_METRICS, EvaluateConfig, TrainConfig
@@ -72,6 +73,24 @@ def test_answers_while_training_are_those_of_evaluate_and_change_nothing(
     last = read_metrics(tmp_path / "run")[-1]
     assert last["eval_exact_match"] == sum(line["exact_match"] for line in found) / 5
     assert last["eval_loss"] == result["eval_loss"] and {"eval_bleu_1", "eval_bleu_4"} <= last.keys()
+
+
+def test_answers_of_several_people_are_measured_by_all_of_them(config: Any, shapes: Path, tmp_path: Path) -> None:
+    rows = json.loads((shapes / "heldout" / "questions.json").read_text())[:6]
+    data = {"path": tmp_path / "data.json", "images": shapes / "heldout" / "images"}
+    options = {"max_steps": 1, "learning_rate": 0.0, "eval_data_path": None, "eval_data": [data]}
+    options |= {"eval_generate_samples": 6, "projector_learning_rate": 0.0}
+    data["path"].write_text(json.dumps(rows))
+    train(config("first", **options))
+    said = [line["answer"] for line in answers_of(tmp_path / "first")]
+    for number, row in enumerate(rows):
+        row["answers"] = [said[number]] * number + ["x"] * (10 - number)
+    data["path"].write_text(json.dumps(rows))
+    train(config("second", eval_metrics=["vqa"], **options))
+    found = answers_of(tmp_path / "second")
+    assert [line["answer"] for line in found] == said
+    assert [line["vqa"] for line in found] == [vqa_accuracy(said[n], rows[n]["answers"]) for n in range(6)]
+    assert read_metrics(tmp_path / "second")[-1]["eval_vqa"] == sum(line["vqa"] for line in found) / 6 > 0
 
 
 def test_the_finished_model_is_the_best_one_and_its_checkpoint_stays(config: Any, tmp_path: Path) -> None:
@@ -140,7 +159,7 @@ def test_an_interrupted_run_knows_its_best_and_repeats_no_answer(
         ),
         ({"early_stopping_patience": 2, "eval_steps": 0}, "needs more than one evaluation: give eval_steps"),
         ({"eval_generate_samples": 4}, "needs held-out data"),
-        ({"eval_metrics": ["vqa"]}, "measured by `evaluate` alone"),
+        ({"eval_metrics": ["multiple_choice_likelihood"]}, "measured by `evaluate` alone"),
     ],
 )
 def test_options_that_cannot_go_together_are_told(options: dict[str, Any], told: str) -> None:

@@ -481,8 +481,8 @@ class TrainConfig(EngineOptions, DataOptions):
             raise ValueError(f"{evaluates[0]} needs held-out data: give eval_data_path, eval_data or validation_split")
         if evaluates and evaluates[-1] in ("load_best_model_at_end", "early_stopping_patience") and not self.eval_steps:
             raise ValueError(f"{evaluates[-1]} needs more than one evaluation: give eval_steps")
-        if "multiple_choice_likelihood" in self.eval_metrics or "vqa" in self.eval_metrics:
-            raise ValueError("eval_metrics: vqa and multiple_choice_likelihood are measured by `evaluate` alone")
+        if "multiple_choice_likelihood" in self.eval_metrics:
+            raise ValueError("eval_metrics: multiple_choice_likelihood is measured by `evaluate` alone")
         best = self.metric_for_best_model.removeprefix("eval_")
         metrics = self.eval_metrics if self.eval_generate_samples else []
         measured = {value for name in metrics for value in VALUES_OF_METRICS.get(name, (name,))}
@@ -517,7 +517,8 @@ class CompareConfig(TrainConfig):
     max_eval_samples: PositiveInt | None = None
     """Use only the first so many held-out records."""
     metrics: list[MetricName] = ["auto"]
-    """What is measured of generated answers, as in `evaluate`."""
+    """What is measured of generated answers, as in `evaluate`; the first one that suits also while a run goes on, of
+    `eval_generate_samples` records (32, unless given)."""
     max_new_tokens: PositiveInt = 32
     """Longest answer that is generated."""
 

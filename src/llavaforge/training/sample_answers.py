@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from llavaforge.answers.generate import Answerer
-from llavaforge.answers.metrics import chosen, measure
-from llavaforge.data.index.index import Row
+from llavaforge.answers.metrics import References, chosen, measure
+from llavaforge.data.index.index import Row, SampleIndex
 from llavaforge.data.index.open import sample_builder
+from llavaforge.data.index.prepare import digest_of, records_of
 from llavaforge.data.load.loader import BadImage
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
 from llavaforge.data.text.template import ChatTemplate
@@ -60,9 +61,11 @@ class SampleAnswers:
         numbers = [int(held_out.rows[int(place)]) for place in places]
         builder = sample_builder(opened.loaded.processor, opened.loaded.num_image_tokens, config)
         self._asked = [_asked(number, held_out.index.row(number), builder.chat) for number in numbers]
-        self._references = [(one.reference,) for one in self._asked]
+        several = _answers_of_several(held_out.index) if "vqa" in config.eval_metrics else {}
+        self._references: list[References] = [several.get(one.number) or (one.reference,) for one in self._asked]
         self._metrics = chosen(config.eval_metrics, self._references)
         self._answerer = Answerer(opened.loaded, config, config.eval_max_new_tokens)
+        self._batch = min(_BATCH, config.max_samples_per_batch)  # so that the peak of memory stays that of training
         self._file = config.output_dir / ANSWERS
         if world.is_writer and (start_step or self._file.is_file()):
             kept = [line for line in read_json_lines(self._file) if line["step"] <= start_step]
@@ -104,9 +107,9 @@ class SampleAnswers:
         model.eval()
         # Compiled layers would be compiled anew for the cache, and for every length.
         with torch.compiler.set_stance("force_eager"):
-            for begin in range(0, len(mine), _BATCH):
+            for begin in range(0, len(mine), self._batch):
                 self._world.at_step(step + 1, "answering held-out samples")
-                batch = {number: self._pixels(self._asked[number]) for number in mine[begin : begin + _BATCH]}
+                batch = {number: self._pixels(self._asked[number]) for number in mine[begin : begin + self._batch]}
                 found |= self._answers_of({number: pixels for number, pixels in batch.items() if pixels is not None})
         model.train()
         return found
@@ -142,6 +145,14 @@ def _asked(number: int, row: Row, chat: ChatTemplate) -> Asked:
     reference = decode(row.ids[begin:end], skip_special_tokens=True).strip()
     question = _question(decode(row.ids[before:begin], skip_special_tokens=False), chat)
     return Asked(number, row, row.ids[:begin].tolist(), question, reference)
+
+
+def _answers_of_several(index: SampleIndex) -> dict[int, References]:
+    """Return what several people answered of every row, where no turn of it is cut: they are about the last one."""
+    records = (record for data_set in index.data_sets for record in records_of(data_set.source))
+    answers = {digest_of(record): record.answers for record in records}  # some may not be in the index
+    rows = enumerate(zip(index.column("digest").tolist(), index.column("num_turns_dropped"), strict=True))
+    return {number: answers[digest] for number, (digest, dropped) in rows if not dropped}
 
 
 def _question(prompt: str, chat: ChatTemplate) -> str:

@@ -279,14 +279,14 @@ def _arrow(file: int, samples: list[tuple[int, Record, Sample]]) -> pa.RecordBat
             "num_literals": record.num_literals,
             "num_special_tokens": sample.num_special_tokens,
             "has_boxes": any(_BOXES.search(turn.text) for turn in record.turns),
-            "digest": _digest(record),
+            "digest": digest_of(record),
         }
         for row, record, sample in samples
     ]
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
-def _digest(record: Record) -> int:
+def digest_of(record: Record) -> int:
     """Return 64 bits of a record's contents, its id aside: equal for exact duplicates."""
     contents = repr(([image[:4] for image in record.images], [tuple(turn) for turn in record.turns]))
     digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8)
