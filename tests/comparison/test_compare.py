@@ -109,6 +109,40 @@ def test_it_tells_what_each_variant_reached_and_repeats_nothing(
     assert result["best"] == min(VARIANTS, key=lambda name: result["variants"][name]["loss"])
 
 
+def test_answers_are_measured_along_the_way_and_take_no_training_time(whole: Path) -> None:
+    found = figures(whole)
+    for name in (f"{name}/seed-{seed}" for name in VARIANTS for seed in (0, 1)):
+        lines = read_metrics(whole / "runs" / name)
+        # Of eight records all are answered, and by as many tokens as in the end.
+        assert lines[-1]["eval_exact_match"] == pytest.approx(found[name]["exact_match"])
+        for line in lines:
+            assert line["step_time_s"] <= line["time_s"] * (1.001 - line["time_share_evaluation"])
+            assert line["time_share_evaluation"] > 0.1 and "eval_loss" in line
+        answers = [json.loads(one) for one in (whole / "runs" / name / "eval_answers.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in answers] == [step for step in (1, 2, 3) for _ in range(8)]
+
+
+def test_a_comparison_begun_before_there_was_that_goes_on(
+    whole: Path, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    plan = json.loads((folder / "compare.json").read_text())
+    for variant in plan["variants"].values():
+        for name in [name for name in variant["identity"] if name.startswith("eval_") and name != "eval_steps"]:
+            del variant["identity"][name]
+    (folder / "compare.json").write_text(json.dumps(plan))
+    for path in (folder / "runs").glob("*/*/metrics.jsonl"):
+        lines = [
+            {name: line[name] for name in line if name != "eval_exact_match"} for line in read_metrics(path.parent)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(recipe(folder)) == 0
+    assert last_line(capsys)["num_trained"] == 0
+    assert (folder / "report.html").read_text().count(": its way<") == 8  # lines of the loss of four runs
+    assert main([*recipe(folder), "--eval_generate_samples", "3"]) == 2
+    assert "eval_generate_samples: 32 there, 3 now" in capsys.readouterr().err
+
+
 def test_a_run_is_what_train_makes_of_its_recipe(whole: Path, tmp_path: Path) -> None:
     values = yaml.safe_load((whole / "runs" / "projector" / "seed-1.yaml").read_text())
     assert (
@@ -178,6 +212,7 @@ def test_the_page_stands_alone_and_shows_all(whole: Path) -> None:
     assert len(text) < 5e6
     assert all(one.startswith(("#", "data:")) for one in page.refers_to)
     assert not re.search(r"url\((?!#)|@import", text)
+    assert text.count(": its way<") == 16  # two panels of the loss and two of exact match, four runs each
     assert "script" not in page.tags and page.tags.count("svg") == 2 and "img" in page.tags
     found = figures(whole)
     for name in VARIANTS:
@@ -249,6 +284,7 @@ def test_a_budget_of_flops_gives_each_its_own_steps_and_a_run_that_fails_does_no
         assert told.out == "" and "Traceback" not in told.err
         assert "what failed: broken, seed 0" in told.err
         assert starts(folder) == {"broken/seed-0": start, "projector/seed-0": 2, "lora/seed-0": 2}
+    assert not list(folder.rglob("eval_answers.jsonl"))  # metrics: none
     page = Page((folder / "report.html").read_text()).text
     assert "2 of 3 runs are done" in page and "the run has diverged" in page
     assert "With one seed nothing can be said" in page

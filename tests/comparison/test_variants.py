@@ -1,5 +1,7 @@
 """Without `variants` the train types are compared, as far as they fit; and what is said of a difference is so."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from test_bad_comparisons import write
 
 from llavaforge.cli import parse
 from llavaforge.comparison import variants
-from llavaforge.comparison.report import in_words
+from llavaforge.comparison.measures import in_words
 from llavaforge.comparison.spread import difference
 from llavaforge.comparison.variants import open_variants
 from llavaforge.config.schema import CompareConfig
@@ -37,6 +39,45 @@ def test_the_recipes_rates_are_those_of_its_own_train_type(tiny_llava: Path, sha
     learning = {one.name: one.num_learning for one in opened}
     assert learning["projector"] < learning["freeze_vision"] < learning["full"] < opened[0].num_parameters
     assert len({one.flops_per_sample for one in opened}) == 4
+
+
+ON_THE_WAY = ("eval_generate_samples", "eval_metrics", "eval_max_new_tokens")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (32, ["exact_match"], 32)),
+        ({"max_new_tokens": 8}, (32, ["exact_match"], 8)),
+        ({"metrics": ["bleu", "anls"]}, (32, ["anls"], 32)),  # the order of `evaluate`
+        ({"metrics": ["none"], "eval_generate_samples": 5}, (0, None, None)),
+        ({"eval_generate_samples": 5}, (5, ["exact_match"], 32)),
+        ({"eval_generate_samples": 0}, (0, ["exact_match"], 32)),
+        ({"eval_metrics": ["anls", "bleu"], "eval_max_new_tokens": 3}, (32, ["anls", "bleu"], 3)),
+        ({"deepspeed": "zero3"}, (0, ["exact_match"], 32)),
+    ],
+    ids=str,
+)
+def test_what_is_measured_along_the_way(
+    changes: dict[str, Any], expected: tuple[Any, ...], tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    (one, other), _ = open_variants(config_of(write(tmp_path, tiny_llava, shapes, **changes)))
+    for variant in (one, other):
+        assert tuple(variant.values.get(name) for name in ON_THE_WAY) == expected
+        assert tuple(variant.identity[name] for name in ON_THE_WAY) == expected
+
+
+def test_what_is_measured_along_the_way_of_other_answers(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+    """Captions are too long to be right or wrong; where ten people answered, all of them count."""
+    words = write(tmp_path, tiny_llava, shapes, eval_data_path=str(shapes / "heldout" / "chat.json"))
+    (captions, _), _ = open_variants(config_of(words))
+    assert captions.values["eval_generate_samples"] == 0
+    people = Path(shutil.copytree(shapes / "heldout", tmp_path / "people")) / "questions.json"
+    rows = [row | {"answers": ["red"] * 10} for row in json.loads(people.read_text())]
+    people.write_text(json.dumps(rows))
+    words = write(tmp_path, tiny_llava, shapes, eval_data_path=str(people))
+    (vqa, _), _ = open_variants(config_of(words))
+    assert vqa.values["eval_metrics"] == ["vqa"]
 
 
 def test_a_train_type_that_does_not_fit_is_left_out(

@@ -19,7 +19,7 @@ _WIDE = 30  # times the smallest value: a linear axis would leave the better hal
 
 @dataclass(frozen=True)
 class Line:
-    """What one run reached: one point, or several in the order of training.
+    """What one run reached: one point, which is a dot, or several in the order of training.
 
     Attributes:
         number: of its variant, which gives the colour.
@@ -48,7 +48,7 @@ def draw(title: str, label: str, panels: Sequence[Panel]) -> Markup:
     Args:
         title: of the figure.
         label: of the measure's axis.
-        panels: at least one; of a line with several points the last one is marked.
+        panels: at least one.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -64,8 +64,9 @@ def draw(title: str, label: str, panels: Sequence[Panel]) -> Markup:
                 style = _STYLES[line.number // NUM_COLOURS % len(_STYLES)]
                 if len(line.x) > 1:
                     axes.plot(line.x, line.y, style, color=colour, linewidth=1.2, gid=f"{line.name}: its way")
-                last = axes.plot(line.x[-1:], line.y[-1:], "o", color=colour, markersize=5, alpha=0.8, clip_on=False)
-                last[0].set_gid(f"{line.name}: {line.y[-1]:.4g}")
+                else:
+                    (dot,) = axes.plot(line.x, line.y, "o", color=colour, markersize=5, alpha=0.8, clip_on=False)
+                    dot.set_gid(f"{line.name}: {line.y[0]:.4g}")
             axes.set(xlabel=panel.label, yscale="log" if is_log else "linear")
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -145,14 +145,16 @@ def _checked_plan(config: CompareConfig, variants: list[Variant]) -> dict[str, A
         if stored.get("llavaforge") != __version__:
             logger.warning("%s was begun with llavaforge %s", config.output_dir, stored.get("llavaforge"))
     for variant in variants:
-        before = known.get(variant.name, {}).get("identity")
-        if before is None or before == variant.identity:
+        if (before := known.get(variant.name, {}).get("identity")) is None:
+            continue
+        now = variant.identity
+        # What an older version did not write down is not compared.
+        if not (names := sorted(name for name in before if before[name] != now.get(name))):
+            known[variant.name]["identity"] = now
             continue
         if not (config.output_dir / RUNS / variant.name).exists():
             del known[variant.name]
             continue
-        now = variant.identity
-        names = sorted(name for name in before.keys() | now if before.get(name) != now.get(name))
         lines = [f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in names]
         raise UserError(
             f"{config.output_dir}: `{variant.name}` was begun with another recipe, which differs in\n"

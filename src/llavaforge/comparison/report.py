@@ -13,8 +13,18 @@ from markupsafe import Markup
 
 from llavaforge.comparison.answers import make_cards
 from llavaforge.comparison.charts import NUM_COLOURS, Line, Panel, draw
+from llavaforge.comparison.measures import (
+    LOSS,
+    NOT_SHARES,
+    Values,
+    in_cell,
+    in_words,
+    mean_and_spread,
+    measures_of,
+    name_of,
+)
 from llavaforge.comparison.runs import Run
-from llavaforge.comparison.spread import Difference, Verdict, compare_all
+from llavaforge.comparison.spread import Verdict, compare_all
 from llavaforge.comparison.variants import Variant, budget_of
 from llavaforge.config.schema import CompareConfig
 from llavaforge.files import replace_text
@@ -22,11 +32,8 @@ from llavaforge.report.page import OWN_PAGE, count, render
 from llavaforge.results import CompareResult
 
 OWN = OWN_PAGE
-LOSS = "loss"
-_BLEU = "bleu_4"  # of all answers together: it has no interval over samples
-_NOT_SHARES = (LOSS, "cider")  # from 0 to 10; all others from 0 to 1
 _GB = 1e9
-Values = dict[str, dict[int, float]]  # of one measure, by variant and seed
+Curve = list[dict[str, float]]  # see `Run.curve`
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Row:
 def summarize(comparison: Comparison, report: Path, num_trained: int) -> CompareResult:
     """Return the values of the JSON line of a comparison whose runs are all done."""
     results = comparison.results()
-    measures = _measures(results)
+    measures = measures_of(results)
     variants: dict[str, dict[str, Any]] = {}
     for variant in comparison.variants:
         mine = {run: result for run, result in results.items() if run.variant is variant}
@@ -107,8 +114,8 @@ def summarize(comparison: Comparison, report: Path, num_trained: int) -> Compare
 def write_report(comparison: Comparison, path: Path) -> None:
     """Write the page on what is done so far."""
     results = comparison.results()
-    measures = _measures(results)
-    differences = compare_all(measures)
+    measures = measures_of(results)
+    differences, curves = compare_all(measures), {run: run.curve() for run in results}
     by_verdict: dict[str, list[str]] = {verdict: [] for verdict in get_args(Verdict)}
     for one in sorted(differences, key=lambda one: (one.p_among_all is None, one.p_among_all, one.p)):
         by_verdict[one.verdict].append(in_words(one))
@@ -116,56 +123,21 @@ def write_report(comparison: Comparison, path: Path) -> None:
         Path(__file__).parent / "compare.html.jinja",
         facts=_facts(comparison, results),
         rows=[_row(comparison, number, results, measures) for number in range(len(comparison.variants))],
-        measures=[_title(name) for name in measures],
+        measures=[name_of(name) for name in measures],
         notes=_notes(comparison, results),
         num_runs=len(comparison.runs),
         num_done=len(results),
         num_seeds=len(comparison.config.seeds),
         num_judged=sum(one.p is not None for one in differences),
         sentences=by_verdict,
-        charts=_charts(comparison, results, measures),
+        charts=_charts(comparison, results, measures, curves),
+        on_the_way=_on_the_way(comparison.variants, curves),
         cards=make_cards(list(results)),
         colours={variant.name: number % NUM_COLOURS for number, variant in enumerate(comparison.variants)},
         left_out=comparison.left_out,
         failed=comparison.failed,
     )
     replace_text(path, page, OWN)
-
-
-def in_words(one: Difference) -> str:
-    """Return a sentence on a difference."""
-    title, higher, lower, mean, low, high = _title(one.measure), one.one, one.other, one.mean, one.low, one.high
-    if not mean:
-        return f"{higher} and {lower} have the same {title} with every seed."
-    if mean < 0:
-        higher, lower, mean = lower, higher, -mean
-        low, high = (None, None) if low is None or high is None else (-high, -low)
-    better, how, worse = (lower, "lower", higher) if one.measure == LOSS else (higher, "higher", lower)
-    text = f"{better} has a {how} {title} than {worse}, by {_amount(one.measure, mean)}"
-    if low is None or high is None or one.p is None or one.p_among_all is None:
-        return text + (f" with each of {one.num_seeds} seeds." if one.num_seeds > 1 else ".")
-    interval = f"{_amount(one.measure, low).removesuffix(' points')} to {_amount(one.measure, high)}"
-    return f"{text} (95 % interval {interval}; p = {one.p:.2g}, among all comparisons {one.p_among_all:.2g})."
-
-
-def _amount(measure: str, value: float) -> str:
-    return f"{value:.4f}" if measure in _NOT_SHARES else f"{100 * value:.1f} points"
-
-
-def _title(measure: str) -> str:
-    return "held-out loss" if measure == LOSS else measure.replace("_", " ")
-
-
-def _measures(results: Mapping[Run, dict[str, Any]]) -> dict[str, Values]:
-    """Return every measure that all runs have, by variant and seed; the loss first."""
-    measures: dict[str, Values] = {}
-    of_runs = [result["evaluation"] for result in results.values()]
-    names = [*of_runs[0]["intervals"], _BLEU] if of_runs else []
-    for name in (name for name in names if all(name in one for one in of_runs)):
-        for run, result in results.items():
-            if (value := result["evaluation"][name]) is not None:  # a loss that is not finite
-                measures.setdefault(name, {}).setdefault(run.variant.name, {})[run.seed] = value
-    return measures
 
 
 def _row(
@@ -176,26 +148,14 @@ def _row(
 ) -> Row:
     variant = comparison.variants[number]
     mine = {run: result["train"] for run, result in results.items() if run.variant is variant}
-    cells = [_measured(name, list(of.get(variant.name, {}).values())) for name, of in measures.items()]
+    cells = [in_cell(name, list(of.get(variant.name, {}).values())) for name, of in measures.items()]
     num_steps = next(run.num_steps for run in comparison.runs if run.variant is variant)
     costs = [
-        _mean_and_spread([train["samples_per_s"] for train in mine.values()], 1),
-        _mean_and_spread([_seconds(run, train) / 60 for run, train in mine.items()], 2),
-        _mean_and_spread([train["peak_memory_bytes"] / _GB for train in mine.values()], 2),
+        mean_and_spread([train["samples_per_s"] for train in mine.values()], 1),
+        mean_and_spread([_seconds(run, train) / 60 for run, train in mine.items()], 2),
+        mean_and_spread([train["peak_memory_bytes"] / _GB for train in mine.values()], 2),
     ]
     return Row(number, variant, num_steps, len(mine), cells, costs)
-
-
-def _measured(measure: str, values: Sequence[float]) -> str:
-    if measure in _NOT_SHARES:
-        return _mean_and_spread(values, 4)
-    return _mean_and_spread([100 * one for one in values], 1, " %")
-
-
-def _mean_and_spread(values: Sequence[float], digits: int, unit: str = "") -> str:
-    if not values:
-        return "-"
-    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "") + unit
 
 
 def _seconds(run: Run, train: Mapping[str, Any]) -> float:
@@ -245,8 +205,25 @@ def _notes(comparison: Comparison, results: Mapping[Run, dict[str, Any]]) -> lis
     return notes
 
 
+def _on_the_way(variants: Sequence[Variant], curves: Mapping[Run, Curve]) -> str:
+    """Return what the curves of metrics are of, if there are any that are not of all held-out records."""
+    num_records = len(variants[0].held_out.index)
+    asked = {one.values.get("eval_generate_samples", 0) for one in variants}
+    numbers = " or ".join(f"{number:,}" for number in sorted(asked) if 0 < number < num_records)
+    has_curves = any(point.keys() - {"samples", "seconds", LOSS} for points in curves.values() for point in points)
+    if not numbers or not has_curves:
+        return ""
+    return (
+        f"The lines of metrics are of the answers about {numbers} held-out records, the same each time, the dots of "
+        f"those about all {num_records:,}: a line may end beside its dot."
+    )
+
+
 def _charts(
-    comparison: Comparison, results: Mapping[Run, dict[str, Any]], measures: Mapping[str, Values]
+    comparison: Comparison,
+    results: Mapping[Run, dict[str, Any]],
+    measures: Mapping[str, Values],
+    curves: Mapping[Run, Curve],
 ) -> list[Markup]:
     numbers = {variant.name: number for number, variant in enumerate(comparison.variants)}
     ends = {
@@ -260,7 +237,7 @@ def _charts(
     samples, minutes, memory = ("samples", "minutes of training", "peak memory, GB")
     charts = []
     for measure, values in measures.items():
-        scale = 1 if measure in _NOT_SHARES else 100
+        scale = 1 if measure in NOT_SHARES else 100
         of_runs = {
             run: scale * values[run.variant.name][run.seed]
             for run in results
@@ -270,14 +247,12 @@ def _charts(
             label: [Line(numbers[run.variant.name], run.name, [ends[run][label]], [y]) for run, y in of_runs.items()]
             for label in (samples, minutes, memory)
         }
-        if measure == LOSS:
-            for run in of_runs:
-                curve, number = run.curve(), numbers[run.variant.name]
-                losses = [point["loss"] for point in curve]
-                panels[samples].append(Line(number, run.name, [point["samples"] for point in curve], losses))
-                panels[minutes].append(Line(number, run.name, [point["seconds"] / 60 for point in curve], losses))
-        title = _title(measure)
-        title = title[0].upper() + title[1:] + ", each run"
-        label = _title(measure) + ("" if measure in _NOT_SHARES else ", %")
-        charts.append(draw(title, label, [Panel(name, lines) for name, lines in panels.items()]))
+        for run, points in curves.items():
+            if len(way := [point for point in points if measure in point]) > 1:
+                y, number = [scale * point[measure] for point in way], numbers[run.variant.name]
+                panels[samples].append(Line(number, run.name, [point["samples"] for point in way], y))
+                panels[minutes].append(Line(number, run.name, [point["seconds"] / 60 for point in way], y))
+        name = name_of(measure)
+        title, unit = f"{name[0].upper()}{name[1:]}, each run", "" if measure in NOT_SHARES else ", %"
+        charts.append(draw(title, name + unit, [Panel(label, lines) for label, lines in panels.items()]))
     return charts

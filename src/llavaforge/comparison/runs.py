@@ -84,13 +84,14 @@ class Run:
             return None
 
     def curve(self) -> list[dict[str, float]]:
-        """Return samples, seconds of training and held-out loss, wherever that was measured."""
+        """Return samples, seconds of training, held-out loss and metrics of answers, wherever these were measured."""
         points, seconds = [], 0.0
         for line in read_metrics(self.folder):
             seconds += line["step_time_s"]
-            if line.get("eval_loss") is not None:
-                samples = line["step"] * self.variant.batch_size
-                points.append({"samples": samples, "seconds": seconds, "loss": line["eval_loss"]})
+            measured = {key.removeprefix("eval_"): value for key, value in line.items() if key.startswith("eval_")}
+            measured = {name: value for name, value in measured.items() if value is not None}
+            if measured:
+                points.append({"samples": line["step"] * self.variant.batch_size, "seconds": seconds} | measured)
         return points
 
     def answers(self) -> list[dict[str, Any]]:

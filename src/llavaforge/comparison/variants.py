@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llavaforge.answers.metrics import METRICS, chosen
 from llavaforge.checkpoint.identity import describe_run
 from llavaforge.config.load import build
 from llavaforge.config.recipe import override
@@ -20,9 +21,11 @@ from llavaforge.data.index.open import open_checked_index
 from llavaforge.data.load.loader import PackDataset
 from llavaforge.data.order.plan import Plan
 from llavaforge.device import compute_dtype, pick_device, total_memory
-from llavaforge.engine.memory import Counts, engine_memory
+from llavaforge.engine.memory import Counts, engine_memory, stage_of
+from llavaforge.engine.zero_config import settings_of_run
 from llavaforge.errors import UserError
 from llavaforge.files import to_json
+from llavaforge.inference.evaluate import records_as_cut, references_of
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import load_without_weights
 from llavaforge.model.trainable import learning_rate, set_trainable
@@ -37,6 +40,8 @@ _OF_COST = (
     "compile", "deterministic", "gradient_checkpointing", "per_device_train_batch_size", "max_tokens_per_batch",
     "deepspeed", "cache_vision_features", "eval_steps",
 )  # fmt: skip
+_ON_THE_WAY = ("eval_generate_samples", "eval_metrics", "eval_max_new_tokens")
+_NUM_ASKED = 32  # held-out records at each evaluation, where the recipe does not say it
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +142,12 @@ def _open(config: CompareConfig, name: str, overrides: Mapping[str, Any]) -> Var
     memory = engine_memory("plain", counts, 1, compute_dtype(train.bf16).itemsize, train.optim == "adamw_8bit")
     options = evaluate_options(config, values, "")
     index = open_checked_index([held_out], loaded.processor, loaded.num_image_tokens, options)
+    values |= _on_the_way(config, values, train, index)
     plan = Plan.of(train, data.mixture, data.index, costs, batch_size, num_steps=1)
     run = describe_run(train.model_copy(update={"projector_from": None}), loaded, data.index, data.mixture, plan)
     identity = {key: value for key, value in run["identity"].items() if key != "seed"}
     identity |= {key: run["config"][key] for key in _OF_COST} | {"projector_from": train.projector_from}
+    identity |= {key: values.get(key) for key in _ON_THE_WAY}
     identity |= _measured(config, index) | {name: value for name, value in budget_of(config).items()}
     return Variant(
         name=name,
@@ -188,6 +195,28 @@ def evaluate_options(config: CompareConfig, values: Mapping[str, Any], model: st
         "metrics": config.metrics,
     }
     return build(EvaluateConfig, {name: values[name] for name in shared} | own, "compare")
+
+
+def _on_the_way(
+    config: CompareConfig, values: Mapping[str, Any], train: TrainConfig, held_out: SampleIndex
+) -> dict[str, Any]:
+    """Return what a run measures of answers as it goes: the first metric that suits, unless the recipe says more.
+
+    Raises:
+        UserError: a metric does not suit the held-out records.
+    """
+    if "none" in config.metrics:
+        return {"eval_generate_samples": 0}
+    references = [references_of(record) for record in records_as_cut(held_out)]
+    metrics = [name for name in chosen(config.metrics, references) if METRICS[name].of == "answer"][:1]
+    metrics = values.get("eval_metrics", metrics)
+    settings = settings_of_run(train, train.samples_per_step(), 1)
+    is_whole = settings is None or stage_of(settings) < 3  # the model, of which ZeRO-3 leaves no process all
+    return {
+        "eval_generate_samples": values.get("eval_generate_samples", _NUM_ASKED if metrics and is_whole else 0),
+        "eval_metrics": metrics or ["none"],
+        "eval_max_new_tokens": values.get("eval_max_new_tokens", config.max_new_tokens),
+    }
 
 
 def _held_out(config: CompareConfig) -> DataEntry:

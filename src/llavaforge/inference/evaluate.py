@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
     index = world.run_on_first_of_host(
         lambda: open_checked_index([entry], loaded.processor, loaded.num_image_tokens, config)
     )
-    records = _as_cut(records_of(index.data_sets[0].source), index)
+    records = records_as_cut(index)
     dataset = PackDataset(
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )
@@ -167,8 +167,9 @@ def _check_options(records: Sequence[Record]) -> None:
             raise UserError(f"{where}: its answer {record.turns[-1].text!r:.80} is none of its options ({offered}).")
 
 
-def _as_cut(records: Iterable[Record], index: SampleIndex) -> list[Record]:
-    """Return records without the turns, and their images, that did not fit `max_length`."""
+def records_as_cut(index: SampleIndex) -> list[Record]:
+    """Return the records of a checked index without the turns, and their images, that did not fit `max_length`."""
+    records = records_of(index.data_sets[0].source)
     columns = zip(records, index.column("num_turns_dropped"), index.num_images, strict=True)
     return [
         replace(
