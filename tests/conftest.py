@@ -32,12 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # What `warm.WarmProcess` starts has imported these already.
-workers.PRELOADED += ["llavaforge.training.run", "llavaforge.inference.export", "llavaforge.join.parts", "deepspeed"]
-workers.PRELOADED += [
-    "matplotlib.figure",
-    "matplotlib.backends.backend_agg",
-    "transformers.models.llava.processing_llava",
-]
+workers.PRELOADED += ["llavaforge.inference.export", "llavaforge.join.parts", "deepspeed"]
+workers.PRELOADED += ["llavaforge.comparison.preload"]  # last: it tells the collector to leave alone what is there
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way, here and in the processes started
 os.environ["OMP_NUM_THREADS"] = "1"
 transformers_logging.disable_progress_bar()

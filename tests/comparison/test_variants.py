@@ -24,10 +24,13 @@ def config_of(words: list[str]) -> CompareConfig:
     return config
 
 
-def test_the_recipes_rates_are_those_of_its_own_train_type(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+def test_without_variants_the_train_types_that_fit_are_compared(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's rates are those of its own train type."""
     rates = {"learning_rate": 0.5, "projector_learning_rate": 0.25, "vision_learning_rate": 0.125}
-    words = write(tmp_path, tiny_llava, shapes, variants=None, cache_vision_features="disk", **rates)
-    opened, left_out = open_variants(config_of(words))
+    config = config_of(write(tmp_path, tiny_llava, shapes, variants=None, cache_vision_features="disk", **rates))
+    opened, left_out = open_variants(config)
     assert not left_out
     assert {one.name: one.rates for one in opened} == {
         "projector": {"projector": 1e-3},
@@ -39,32 +42,46 @@ def test_the_recipes_rates_are_those_of_its_own_train_type(tiny_llava: Path, sha
     learning = {one.name: one.num_learning for one in opened}
     assert learning["projector"] < learning["freeze_vision"] < learning["full"] < opened[0].num_parameters
     assert len({one.flops_per_sample for one in opened}) == 4
+    sizes: dict[str, Any] = {one.name: one.memory_bytes for one in opened}
+    monkeypatch.setattr(variants, "total_memory", lambda device: max(sizes.values()) - 1)
+    opened, left_out = open_variants(config)
+    assert [one.name for one in opened] == [name for name in sizes if sizes[name] < max(sizes.values())]
+    assert len(opened) == 3 and "the device has" in next(iter(left_out.values()))
+    monkeypatch.setattr(variants, "total_memory", lambda device: 1)
+    with pytest.raises(UserError, match="fewer than two train types fit"):
+        open_variants(config)
 
 
 ON_THE_WAY = ("eval_generate_samples", "eval_metrics", "eval_max_new_tokens")
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, (32, ["exact_match"], 32)),
-        ({"max_new_tokens": 8}, (32, ["exact_match"], 8)),
-        ({"metrics": ["bleu", "anls"]}, (32, ["anls"], 32)),  # the order of `evaluate`
-        ({"metrics": ["none"], "eval_generate_samples": 5}, (0, None, None)),
-        ({"eval_generate_samples": 5}, (5, ["exact_match"], 32)),
-        ({"eval_generate_samples": 0}, (0, ["exact_match"], 32)),
-        ({"eval_metrics": ["anls", "bleu"], "eval_max_new_tokens": 3}, (32, ["anls", "bleu"], 3)),
-        ({"deepspeed": "zero3"}, (0, ["exact_match"], 32)),
-    ],
-    ids=str,
-)
-def test_what_is_measured_along_the_way(
-    changes: dict[str, Any], expected: tuple[Any, ...], tiny_llava: Path, shapes: Path, tmp_path: Path
-) -> None:
-    (one, other), _ = open_variants(config_of(write(tmp_path, tiny_llava, shapes, **changes)))
-    for variant in (one, other):
-        assert tuple(variant.values.get(name) for name in ON_THE_WAY) == expected
-        assert tuple(variant.identity[name] for name in ON_THE_WAY) == expected
+def on_the_way(words: list[str]) -> dict[str, tuple[Any, ...]]:
+    opened, _ = open_variants(config_of(words))
+    found = {one.name: tuple(one.values.get(name) for name in ON_THE_WAY) for one in opened}
+    assert found == {one.name: tuple(one.identity[name] for name in ON_THE_WAY) for one in opened}
+    return found
+
+
+def test_what_is_measured_along_the_way(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+    own = {
+        "none of it": {},
+        "a number": {"eval_generate_samples": 5},
+        "nothing": {"eval_generate_samples": 0},
+        "metrics": {"eval_metrics": ["anls", "bleu"], "eval_max_new_tokens": 3},
+        "zero3": {"deepspeed": "zero3"},
+    }
+    named = {name.replace(" ", "-"): {"train_type": "projector"} | changes for name, changes in own.items()}
+    assert on_the_way(write(tmp_path, tiny_llava, shapes, variants=named, max_new_tokens=8)) == {
+        "none-of-it": (32, ["exact_match"], 8),
+        "a-number": (5, ["exact_match"], 8),
+        "nothing": (0, ["exact_match"], 8),
+        "metrics": (32, ["anls", "bleu"], 3),
+        "zero3": (0, ["exact_match"], 8),
+    }
+    words = write(tmp_path, tiny_llava, shapes, metrics=["bleu", "anls"])
+    assert set(map(repr, on_the_way(words).values())) == {"(32, ['anls'], 32)"}  # the first in the order of `evaluate`
+    words = write(tmp_path, tiny_llava, shapes, metrics=["none"], eval_generate_samples=5)
+    assert set(on_the_way(words).values()) == {(0, None, None)}
 
 
 def test_what_is_measured_along_the_way_of_other_answers(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
@@ -78,20 +95,6 @@ def test_what_is_measured_along_the_way_of_other_answers(tiny_llava: Path, shape
     words = write(tmp_path, tiny_llava, shapes, eval_data_path=str(people))
     (vqa, _), _ = open_variants(config_of(words))
     assert vqa.values["eval_metrics"] == ["vqa"]
-
-
-def test_a_train_type_that_does_not_fit_is_left_out(
-    tiny_llava: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(write(tmp_path, tiny_llava, shapes, variants=None, lora_r=4))
-    sizes: dict[str, Any] = {one.name: one.memory_bytes for one in open_variants(config)[0]}
-    monkeypatch.setattr(variants, "total_memory", lambda device: sizes["full"] - 1)
-    opened, left_out = open_variants(config)
-    assert [one.name for one in opened] == ["projector", "freeze_vision", "use_lora"]
-    assert left_out.keys() == {"full"} and "the device has" in left_out["full"]
-    monkeypatch.setattr(variants, "total_memory", lambda device: 1)
-    with pytest.raises(UserError, match="fewer than two train types fit"):
-        open_variants(config)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""A run of a comparison that waits after its first step until it is asked to stop."""
+"""Runs of a comparison that wait after their first step until they are asked to stop, or that end at once."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from llavaforge.training.step import OptimizerStep
 
 RUN = "lora/seed-0"
 SIGN = "waiting"  # made in the comparison's folder when the run waits
+
+_FAILED = 1
 
 become_as_ever = child._become
 step_as_ever = OptimizerStep.__call__
@@ -30,3 +33,8 @@ def become(arguments: list[str], log: str) -> None:
     if arguments[0] == "train" and RUN in arguments[1]:
         OptimizerStep.__call__ = wait_and_step  # type: ignore[method-assign]
     become_as_ever(arguments, log)
+
+
+def end_at_once(arguments: list[str], log: str) -> None:
+    """Fail; to be put in the place of `child._become`."""
+    os._exit(_FAILED)
