@@ -1,10 +1,12 @@
 """Tiny random parts of every family, with a byte-level tokenizer made offline. Used by the fixtures of conftest.py."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -23,6 +25,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -30,6 +33,11 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{{ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% elif message['role'] == 'user' %}"
+    "{{ 'USER: ' + message['content'] + ' ASSISTANT:' }}{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CORPUS = ["What is in the picture? A red square and a blue circle.", "user assistant system image answer question"] * 4
@@ -74,6 +82,7 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
     "mistral": (MistralConfig, {"sliding_window": 8}),
+    "mistral_full": (MistralConfig, {"sliding_window": None}),
     "gemma": (GemmaConfig, {"head_dim": 8, "tie_word_embeddings": True}),
     "phi3": (Phi3Config, {"sliding_window": 8}),
     "gemma2": (Gemma2Config, {"head_dim": 8, "tie_word_embeddings": True}),
@@ -122,6 +131,55 @@ def save_tokenizer(
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>" if pad else None,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=chat_template,
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+SPACES = ("prepend", "first", "always", "never")
+
+
+def save_sentencepiece(
+    folder: Path,
+    spaces: str = "first",
+    *,
+    corpus: Iterable[str] = CORPUS,
+    num_tokens: int = NUM_TOKENS,
+    chat_template: str = VICUNA,
+) -> PreTrainedTokenizerFast:
+    """Save a tokenizer of about so many tokens, as transformers makes it of Llama 2's.
+
+    `spaces` is one of `SPACES`: where it puts spaces of its own.
+    """
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    unknown = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=num_tokens - len(unknown), show_progress=False)
+    trained.train_from_iterator(corpus, trainer)
+    content = json.loads(trained.to_str())["model"]
+    characters = sorted(text for text in content["vocab"] if len(text) == 1)
+    merged = list(dict.fromkeys(["▁▁", "▁▁▁▁", *("".join(pair) for pair in content["merges"])]))
+    vocabulary = {text: number for number, text in enumerate([*unknown, *merged, *characters])}
+    merges = generate_merges(vocabulary, {text: -number for number, text in enumerate(merged)})
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replaced = normalizers.Replace(" ", "▁")
+    if spaces == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replaced])
+    elif spaces == "never":
+        tokenizer.normalizer = normalizers.Sequence([replaced])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
         chat_template=chat_template,
     )
     fast.save_pretrained(folder)

@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import tiny_parts
 from llavaforge.errors import UserError
-from llavaforge.gguf_folder.chat_template import for_llama_cpp, for_ollama
+from llavaforge.gguf_folder.chat_template import Spaces, for_llama_cpp, for_ollama
 from llavaforge.gguf_folder.tokenizer import pre_tokenizer_name, vocabulary
 from llavaforge.model_folder.chat_template import accepting_strings_and_lists
 
@@ -43,7 +43,7 @@ def test_each_way_of_cutting_has_its_name(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"byte_fallback": True}}, "byte-level BPE"),
+        ({"model": {"byte_fallback": True}}, "Known are Prepend and Replace, or Metaspace"),
         ({"model": {"type": "Unigram"}}, "byte-level BPE"),
         ({"model": {"ignore_merges": True}}, "ignore_merges"),
         ({"pre_tokenizer": None}, "byte-level BPE"),
@@ -139,3 +139,14 @@ def test_ollama_s_template_renders_as_the_model_s(own: str, roles: str) -> None:
 def test_a_template_that_ollama_cannot_say_is_left_out() -> None:
     counting = tiny_parts.CHATML.replace("message['role'] +", "message['role'] + (loop.index | string) +")
     assert for_ollama(counting, {}) is None
+
+
+@pytest.mark.parametrize("roles", ["user assistant user", "system user"])
+@pytest.mark.parametrize("each", [False, True])
+def test_spaces_that_a_tokenizer_adds_are_in_ollama_s_template_too(roles: str, each: bool) -> None:
+    tokens, own = {"eos_token": "</s>"}, tiny_parts.VICUNA.replace("' ' + message", "message", 1)
+    template = for_ollama(accepting_strings_and_lists(own, tokens), tokens, Spaces(each, ["<s>", "</s>"]))
+    assert template is not None
+    messages = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles.split())]
+    expected = " " + render(own, messages, **tokens)
+    assert ollama(template, messages) == (expected.replace("</s>U", "</s> U") if each else expected)

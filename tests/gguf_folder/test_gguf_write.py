@@ -127,7 +127,7 @@ def test_a_changed_byte_is_noticed(llava: Callable[..., Path], gguf: Callable[..
         check_tensors(tmp_path / "model.gguf", plan, model)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "qwen3", "llama", "llama3_rope"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "qwen3", "llama", "llama3_rope", "mistral_full"])
 def test_transformers_own_reader_finds_the_same_language_model(
     family: str, llava: Callable[..., Path], gguf: Callable[..., Path]
 ) -> None:
@@ -194,8 +194,9 @@ def test_a_number_that_float16_does_not_hold_is_named(llava: Callable[..., Path]
 @pytest.mark.parametrize(
     ("tower", "family", "message"),
     [
-        ("clip", "phi3", r"`phi3`; llama, qwen2, qwen3 are written"),
+        ("clip", "phi3", r"`phi3`; llama, mistral, qwen2, qwen3 are written"),
         ("clip", "qwen2_sliding", "sliding windows"),
+        ("clip", "mistral", "sliding windows"),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused_before_anything_is_written(

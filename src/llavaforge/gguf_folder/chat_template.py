@@ -6,7 +6,9 @@ is, into one string with the words; and the pieces of it that Ollama's templates
     "<__media_QfX__>What?"  ->  "<__media_QfX__>\nWhat?"
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from llavaforge.model_folder.chat_template import render, without_preamble
 
@@ -47,13 +49,54 @@ _LISTED = (
     "if message['content'] is string else message"
 )
 
+# A mark, which no text has, stands where the tokenizer begins a piece of text; it becomes a space where there is none.
+_MARK = "\ufdd0"
+_SPACED = """\
+{%- set llavaforge_prompt %}{{ '' }}TEMPLATE{{ '' }}{% endset -%}
+{%- set llavaforge_added = ADDED -%}
+{%- set llavaforge_spaced = namespace(text='MARK' + llavaforge_prompt) -%}
+{%- for token in (llavaforge_added if EACH else []) -%}
+{%- set llavaforge_spaced.text = llavaforge_spaced.text.replace(token, token + 'MARK') -%}
+{%- endfor -%}
+{%- for token in llavaforge_added + [' ', '▁'] -%}
+{%- set llavaforge_spaced.text = llavaforge_spaced.text.replace('MARK' + token, token) -%}
+{%- endfor -%}
+{%- if llavaforge_spaced.text.endswith('MARK') -%}
+{%- set llavaforge_spaced.text = llavaforge_spaced.text[:-1] -%}
+{%- endif -%}
+{{- llavaforge_spaced.text.replace('MARK', ' ') -}}
+"""
 
-def for_llama_cpp(template: str, tokens: Mapping[str, str]) -> str:
+
+@dataclass(frozen=True)
+class Spaces:
+    """The spaces of its own that a tokenizer puts into a prompt, and llama.cpp's does not: the template writes them.
+
+    Attributes:
+        each: before every piece of text between added tokens, not only before a prompt that begins with text.
+        added: the added tokens.
+    """
+
+    each: bool
+    added: Sequence[str]
+
+
+def _spaced(template: str, spaces: Spaces | None, marker: str) -> str:
+    """Return a template that writes these spaces where no space is; `marker` is a list in Jinja of what is an image."""
+    if spaces is None:
+        return template
+    added = f"{json.dumps([*spaces.added], ensure_ascii=False)} + {marker}"
+    before, after = _SPACED.replace("MARK", _MARK).replace("EACH", str(spaces.each).lower()).split("TEMPLATE")
+    return before + template.removesuffix("\n") + after.replace("ADDED", added)
+
+
+def for_llama_cpp(template: str, tokens: Mapping[str, str], spaces: Spaces | None = None) -> str:
     """Return a model folder's template for `tokenizer.chat_template` of a GGUF file.
 
     Args:
         template: the folder's.
         tokens: what the tokenizer has of `bos_token`, `eos_token`, ...; llama.cpp fills in others where there is none.
+        spaces: that the template has to write.
     """
     inner, takes_lists_alone = without_preamble(template)
     content, other = "llavaforge.text", "message"
@@ -61,10 +104,14 @@ def for_llama_cpp(template: str, tokens: Mapping[str, str]) -> str:
         content, other = _LIST.replace("TEXT", content), _LISTED
     missing = [name for name in ("bos_token", "eos_token") if name in inner and name not in tokens]
     unset = "".join(f"{{%- set {name} = '' -%}}\n" for name in missing)
-    return unset + _PREAMBLE.replace("CONTENT", content).replace("OTHER", other) + inner
+    return (
+        unset
+        + _PREAMBLE.replace("CONTENT", content).replace("OTHER", other)
+        + _spaced(inner, spaces, "([llavaforge.marker] if llavaforge.marker else [])")
+    )
 
 
-def for_ollama(template: str, tokens: Mapping[str, str]) -> str | None:
+def for_ollama(template: str, tokens: Mapping[str, str], spaces: Spaces | None = None) -> str | None:
     """Return a model folder's template in Ollama's own language (Go's), for conversations of system, user, assistant.
 
     What stands between the turns is found by rendering; each turn is written with what follows it.
@@ -72,10 +119,12 @@ def for_ollama(template: str, tokens: Mapping[str, str]) -> str | None:
     Args:
         template: the folder's.
         tokens: as in `for_llama_cpp`.
+        spaces: as in `for_llama_cpp`.
 
     Returns:
         None where the template cannot be said so.
     """
+    template = _spaced(template, spaces, "[]")
     system, user, answer = ({"role": role, "content": f"PROBE {role}"} for role in ("system", "user", "assistant"))
     turns = [user, answer, user]
     pieces = _around(render(template, [system, *turns], tokens, add_generation_prompt=True), [system, *turns])

@@ -34,6 +34,7 @@ class LanguageFamily:
 
 LANGUAGE_FAMILIES: dict[str, LanguageFamily] = {
     "llama": LanguageFamily("llama", interleaves=True),
+    "mistral": LanguageFamily("llama", interleaves=True),
     "qwen2": LanguageFamily("qwen2", interleaves=False),
     "qwen3": LanguageFamily("qwen3", interleaves=False),
 }
@@ -75,7 +76,8 @@ def check_text_config(config: Any) -> None:
         )
     if config.hidden_act != "silu":
         raise UserError(f"--format gguf: the language model's hidden_act is {config.hidden_act!r}; llama.cpp has silu.")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+    kinds = getattr(config, "layer_types", None)  # Mistral's config has none: all of its layers slide, or no one
+    if "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None):
         raise UserError("--format gguf: the language model has sliding windows, which llama.cpp lacks for its family.")
     rope = _rope(config)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

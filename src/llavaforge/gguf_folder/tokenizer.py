@@ -2,7 +2,7 @@
 
 Comes in: `tokenizer.json` and the processor. Goes out: vocabulary, merges, kinds of tokens, the name that llama.cpp has
 for the way the text is cut before the merges (its pre-tokenizer), the ends of an answer, and no BOS: the chat template
-writes it, in training as here.
+writes it, in training as here. A SentencePiece vocabulary has scores in place of merges.
 """
 
 import json
@@ -12,6 +12,14 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from llavaforge.errors import UserError
+from llavaforge.gguf_folder.chat_template import Spaces
+from llavaforge.gguf_folder.sentencepiece import (
+    check_sentencepiece,
+    is_sentencepiece,
+    kind_of,
+    scores,
+    space_scheme,
+)
 from llavaforge.model_folder.json_files import read_json
 
 _QWEN2 = (
@@ -26,22 +34,35 @@ _IGNORES_MERGES = ("llama-bpe",)  # a word that is a token is taken whole, whate
 
 
 def pre_tokenizer_name(content: dict[str, Any], path: Path) -> str:
-    """Return llama.cpp's name for the way in which a tokenizer cuts text.
+    """Return llama.cpp's name for the way in which a tokenizer cuts text; `default` for SentencePiece, which does not.
 
     Args:
         content: of `tokenizer.json`.
         path: of it, for messages.
 
     Raises:
-        UserError: it is no byte-level BPE, or llama.cpp's way of cutting is not known to be the same.
+        UserError: it is another kind of tokenizer, or llama.cpp's is not known to do the same.
     """
+    for token in content.get("added_tokens", []):
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise UserError(
+                f"{path}: --format gguf: the token {token['content']!r} takes spaces around it, or stands alone as a "
+                "word; llama.cpp's tokens do not."
+            )
+    if is_sentencepiece(content):
+        check_sentencepiece(content, path)
+        return "default"
+    return _byte_level_name(content, path)
+
+
+def _byte_level_name(content: dict[str, Any], path: Path) -> str:
     model = content["model"]
     plain = all(not model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"))
     pieces = _pieces(content.get("pre_tokenizer"))
     if model.get("type") != "BPE" or not plain or pieces is None:
         raise UserError(
-            f"{path}: --format gguf writes byte-level BPE vocabularies (such as Qwen's and Llama 3's); this is another "
-            "(SentencePiece, as Llama 2 and Vicuna have it, is not written)."
+            f"{path}: --format gguf writes byte-level BPE vocabularies (such as Qwen's and Llama 3's) and "
+            "SentencePiece's BPE with byte_fallback (Llama 2's, Vicuna's); this is another."
         )
     name = next((name for name, cuts in _PRE_TOKENIZERS.items() if cuts == pieces), None)
     if name is None:
@@ -53,12 +74,6 @@ def pre_tokenizer_name(content: dict[str, Any], path: Path) -> str:
         raise UserError(f"{path}: --format gguf: ignore_merges is not what llama.cpp takes for `{name}`.")
     if (normalizer := content.get("normalizer")) not in (None, {"type": "NFC"}):
         raise UserError(f"{path}: --format gguf: llama.cpp has no normalizer {json.dumps(normalizer):.100}.")
-    for token in content.get("added_tokens", []):
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise UserError(
-                f"{path}: --format gguf: the token {token['content']!r} takes spaces around it, or stands alone as a "
-                "word; llama.cpp's tokens do not."
-            )
     return name
 
 
@@ -98,13 +113,22 @@ def add_tokenizer_fields(
     """
     path = folder / "tokenizer.json"
     content = read_json(path)
-    name = pre_tokenizer_name(content, path)
     texts, kinds = vocabulary(content, vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
+    merges = content["model"]["merges"]
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in content["model"]["merges"]])
+    if is_sentencepiece(content):
+        found = scores(content, path)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([found.get(text, -float(len(merges))) for text in texts])
+        writer.add_add_space_prefix(space_scheme(content, path) == "prepend")
+        if tokenizer.unk_token_id is not None:
+            writer.add_unk_token_id(tokenizer.unk_token_id)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(content, path))
+        writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in merges])
     kinds_of_ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
     for number, add in zip(ends, kinds_of_ends, strict=False):
         add(number)
@@ -115,6 +139,15 @@ def add_tokenizer_fields(
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_array("tokenizer.ggml.suppress_tokens", suppressed)
+
+
+def spaces_of(folder: Path) -> Spaces | None:
+    """Return the spaces that the chat template has to write for a folder's tokenizer."""
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    if not is_sentencepiece(content) or (scheme := space_scheme(content, path)) not in ("first", "always"):
+        return None
+    return Spaces(scheme == "always", [token["content"] for token in content.get("added_tokens", [])])
 
 
 def vocabulary(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -133,8 +166,8 @@ def vocabulary(content: dict[str, Any], vocab_size: int) -> tuple[list[str], lis
     texts = [f"[unused {number}]" for number in range(vocab_size)]
     kinds = [int(TokenType.UNUSED)] * vocab_size
     for text, number in content["model"]["vocab"].items():
-        texts[number], kinds[number] = text, int(TokenType.NORMAL)
+        texts[number], kinds[number] = text, int(kind_of(text, content) or TokenType.NORMAL)
     for token in content.get("added_tokens", []):
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-        texts[token["id"]], kinds[token["id"]] = token["content"], int(kind)
+        texts[token["id"]], kinds[token["id"]] = token["content"], int(kind_of(token["content"], content) or kind)
     return texts, kinds

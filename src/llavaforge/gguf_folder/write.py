@@ -23,7 +23,7 @@ from llavaforge.gguf_folder.language_model import (
     plan_language_model,
 )
 from llavaforge.gguf_folder.mmproj import add_vision_fields, check_vision, embeddings, plan_mmproj
-from llavaforge.gguf_folder.tokenizer import add_tokenizer_fields, pre_tokenizer_name
+from llavaforge.gguf_folder.tokenizer import add_tokenizer_fields, pre_tokenizer_name, spaces_of
 from llavaforge.model_folder.card import PARTS, RUN, gguf_card, read_records
 from llavaforge.model_folder.json_files import read_json
 from llavaforge.model_folder.read import read_config, read_generation_config, read_processor
@@ -95,7 +95,7 @@ def write_gguf_folder(target: Path, source: Path, gguf_type: str) -> float:
         *(num_tensors, difference),
     )
     records, tokenizer, template = read_records(source), processor.tokenizer, _template(processor)
-    ollama = for_ollama(template, tokenizer.special_tokens_map) if template is not None else None
+    ollama = for_ollama(template, tokenizer.special_tokens_map, spaces_of(source)) if template is not None else None
     if ollama is None:
         log.warning("there is no chat template that Ollama's language can say: the Modelfile has none")
     ends = [tokenizer.convert_ids_to_tokens(number) for number in _ends(source, tokenizer)]
@@ -109,7 +109,7 @@ def _add_text_fields(writer: GGUFWriter, source: Path, config: LlavaConfig, proc
     tokenizer, suppressed = processor.tokenizer, [int(config.image_token_index)]
     add_tokenizer_fields(writer, source, config.text_config.vocab_size, _ends(source, tokenizer), tokenizer, suppressed)
     if (template := _template(processor)) is not None:
-        writer.add_chat_template(for_llama_cpp(template, tokenizer.special_tokens_map))
+        writer.add_chat_template(for_llama_cpp(template, tokenizer.special_tokens_map, spaces_of(source)))
 
 
 def _template(processor: LlavaProcessor) -> str | None:
