@@ -49,12 +49,16 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     ),
     "CLIP, Qwen2, tied": ("clip", "qwen2_tied", "qwen2", {}),
     "CLIP, Qwen3": ("clip", "qwen3", "qwen2", {}),
+    "SigLIP, Llama, SentencePiece": ("siglip", "llama", "prepend", {"vocab_size": 1024, "eos_token_id": 2}),
+    "SigLIP, Llama, one space first": ("siglip", "llama", "first", {"vocab_size": 1024, "eos_token_id": 2}),
+    "SigLIP, Mistral, spaces always": ("siglip", "mistral_full", "always", {"vocab_size": 1024, "eos_token_id": 2}),
 }  # fmt: skip
-"""By what is told of it: tower, language model, pre-tokenizer, settings."""
+"""By what is told of it: tower, language model, pre-tokenizer (or a SentencePiece's spaces), settings."""
 
 TEXTS = (
     "What is in the picture?", "I'VE said: it's 1234567 o'clock\n\n\n  and  \t more", "naïve Ünïcode 漢字 🦙 ½ ٣٤",
     "<|im_start|>user\nred<|im_end|>\n", "  x=1;\r\n\ty -= 2 # !?\n", "...'''\"\"\"---___   ", "a\u00a0b\u2003c",
+    "", "   a", "</s>a </s> b", "-" * 20 + "=" * 7, "\n", "▁<0x0A>",
 )  # fmt: skip
 _LOGPROB_BOUND = 0.05  # 0.012 seen: GELU in its tanh form from a table of float16
 
@@ -119,6 +123,9 @@ class Asked:
     def tokens(self, text: str) -> list[int]:
         return self._post("/tokenize", {"content": text, "parse_special": True, "add_special": False})["tokens"]
 
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        return self._post("/apply-template", {"messages": messages})["prompt"]
+
     def chat(self, image: bytes, words: str, first: bool, **options: Any) -> dict[str, Any]:
         url = {"url": f"data:image/png;base64,{base64.b64encode(image).decode()}"}
         content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": words}]
@@ -152,14 +159,18 @@ def compare_families(server: Path, folder: Path) -> Iterator[tuple[str, float, i
 
     Yields:
         What is compared, the largest difference between the log-probabilities of the ten likeliest next tokens, and the
-        number of `TEXTS` that give other tokens.
+        number of `TEXTS` that give other tokens in a conversation.
     """
     shutil.rmtree(folder, ignore_errors=True)
     tiny_parts.save_clip(folder / "clip")
     tiny_parts.save_siglip(folder / "siglip")
     for number, (name, (tower, family, cuts, settings)) in enumerate(FAMILIES.items()):
         language_model = tiny_parts.save_language_model(folder / f"lm-{number}", family, hidden_size=64, **settings)
-        tiny_parts.save_tokenizer(language_model, pre_tokenizer=cuts)
+        if cuts in tiny_parts.SPACES:
+            lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+            tiny_parts.save_sentencepiece(language_model, cuts, corpus=lines, num_tokens=900)
+        else:
+            tiny_parts.save_tokenizer(language_model, pre_tokenizer=cuts)
         model, exported = folder / f"model-{number}", folder / f"gguf-{number}"
         customize_model(
             CustomizeModelConfig(vision_tower=str(folder / tower), language_model=str(language_model), output_dir=model)
@@ -196,8 +207,13 @@ def _logprob_difference(asked: Asked, folder: Path) -> float:
 
 
 def _num_other_tokens(asked: Asked, folder: Path) -> int:
-    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
-    return sum(asked.tokens(text) != tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS)
+    processor, num_others = AutoProcessor.from_pretrained(folder), 0
+    for text in TEXTS:
+        messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        expected = processor.tokenizer(prompt, add_special_tokens=False).input_ids
+        num_others += asked.tokens(asked.prompt(messages)) != expected
+    return num_others
 
 
 def _words(row: dict[str, Any]) -> str:
