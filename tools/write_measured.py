@@ -15,6 +15,7 @@ RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "measured.md"
 
 _RACES = (
     "2026-11-26-cpu-amx-bf16",
+    "2026-11-26-cpu-amx-bf16-not-compiled",
     "2026-11-26-cpu-amx-bf16-trl",
     "2026-11-26-cpu-f32-captions",
     "2026-11-26-cpu-f32-instructions",
@@ -29,9 +30,9 @@ _GPU, _DATA, _FEATURES, _SOAK = (
 _OPENING = """# What was measured
 
 Every figure on this page comes from a file of [bench/results](../bench/results), which has the machine, the versions,
-every repeat and a digest of the source that was measured; `python -m tools.write_measured` writes the page from them.
-The usual way is transformers' `Trainer` with its own collator, at its best batch. Both sides take turns within one
-run, on the same samples, and their losses must agree.
+the spread over repeats and a digest of the source that was measured; `python -m tools.write_measured` writes the page
+from them. In training, the usual way is transformers' `Trainer` with its own collator; on the GPU at its best batch.
+Both sides take turns within one run, on the same samples, and their losses must agree.
 
 | what | where |
 |---|---|
@@ -114,6 +115,7 @@ def _races(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
                         f"{scenario['data']}, {scenario['train_type']}",
                         _SIDES[side],
                         f"{result['machine']['dtype']}, vocabulary {result.get('vocab_size', 6170):,}",
+                        "yes" if result["compiled"] else "no",
                         f"{speedup['median']:.2f} ({speedup['min']:.2f} to {speedup['max']:.2f})",
                         f"{memory:.2f}",
                         _file(name),
@@ -124,7 +126,7 @@ def _races(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
         f"{_machine(results[0][1]['machine'])};\nmedians and extremes of pairs (`make bench`). `workers`: with loader "
         "workers, as ours has them."
     )
-    head = "data, train type | beside | with | times as fast | times less memory | file"
+    head = "data, train type | beside | with | our layers compiled | times as fast | times less memory | file"
     return _section("Training on a CPU", text, head, rows)
 
 
@@ -148,14 +150,18 @@ def _data(result: dict[str, Any]) -> str:
 def _features(result: dict[str, Any]) -> str:
     titles = {"half-billion": "CLIP-L/336 and Qwen2.5-0.5B", "four-billion": "CLIP-L/336 and Qwen1.5-4B"}
     rows = [
-        [f"shares of {titles[name]}", f"{one['times_as_fast']:.2f}", f"{one['by_flops']:.2f}"]
+        [
+            f"shares of {titles[name]}",
+            f"{one['times_as_fast']:.2f} ({one['quartiles'][0]:.2f} to {one['quartiles'][1]:.2f})",
+            f"{one['by_flops']:.2f}",
+        ]
         for name, one in result["sizes"].items()
     ]
     text = (
         "`cache_vision_features`, stage 1, a micro-step with kept features beside one with the tower\n"
-        "(`make bench-features`)."
+        f"(`make bench-features`); {_machine(result['machine'])}, other work beside it."
     )
-    return _section("Kept vision features", text, "model | times as fast | by FLOPs", rows)
+    return _section("Kept vision features", text, "model | times as fast (quartiles) | by FLOPs", rows)
 
 
 def _answers() -> str:
@@ -168,8 +174,9 @@ def _answers() -> str:
         answers = f"{one['same_answers']} of {one['num_samples']}"
         rows.append([one["model"], tokens, answers, ratio, _file(path.stem)])
     text = (
-        "`evaluate` in batches of 16 beside a loop of plain `generate`, from opening the model to the last answer;\n"
-        "`evaluate` measures the held-out loss as well and writes its page (`make bench-evaluate`). Both in float32.\n"
+        "`evaluate` in batches of 16 beside a loop of plain `generate`, one at a time, from opening model and data\n"
+        "to the last answer; `evaluate` measures the held-out loss as well and writes its page.\n"
+        "Both in float32 (`make bench-evaluate`). "
         "On a CPU image tokens cost what they cost, batch or not; batches save Python and passes over weights."
     )
     return _section("Answers", text, "model | tokens per answer | same answers | times as fast | file", rows)
@@ -178,7 +185,7 @@ def _answers() -> str:
 def _soak(result: dict[str, Any]) -> str:
     events = ", ".join(f"{name} {number}" for name, number in result["events"].items())
     rows = [
-        ["starts of runs that were then killed, stopped, starved or damaged", f"{result['starts']}"],
+        ["starts of runs", f"{result['starts']}, {result['events']['nothing']} of them left alone"],
         ["steps that were lost and done again, of all steps", f"{result['lost_steps']} of {result['steps']:,}"],
         ["processes, files left behind", f"{result['leaked_processes']}, {result['leftover_files']}"],
         ["median time from a start to the next step", f"{result['median_recovery_s']} s"],

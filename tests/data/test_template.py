@@ -173,3 +173,24 @@ def test_a_role_the_template_has_no_place_for_is_the_users_fault(tokenizer: Any)
     )
     with pytest.raises(UserError, match=r"cannot render a conversation of .*no system.*Drop system_prompt"):
         builder(tokenizer, picky, system_prompt="Be brief.").build(record(*CONVERSATION))
+
+
+@pytest.mark.parametrize("name", ["llama2", "vicuna"])
+def test_spaces_before_an_answer_are_its_own_so_that_a_prompt_is_the_beginning_of_its_sample(
+    name: str, tokenizer: Any
+) -> None:
+    build = builder(tokenizer, TEMPLATES[name])
+    assert build.chat.begins_answers_with_spaces and build.identity()["spaces_before_answers"] == "supervised"
+    for answer in ("A red square.", "7", "\u6f22", "(b)"):
+        turns = (*CONVERSATION[:3], Turn("assistant", answer))
+        sample = build.build(Record("0", (ImageRef("a.png"),), turns))
+        prompt = tokenizer(build.chat.prompt(turns[:-1]), add_special_tokens=False).input_ids
+        begin = sample.supervised_spans[-2]
+        assert sample.ids[:begin] == prompt
+        assert tokenizer.decode(sample.ids[begin:]).startswith(" ")
+
+
+def test_a_template_without_spaces_before_answers_is_what_it_was(tokenizer: Any) -> None:
+    for name in ("qwen15", "qwen3"):
+        build = builder(tokenizer, TEMPLATES[name])
+        assert not build.chat.begins_answers_with_spaces and "spaces_before_answers" not in build.identity()

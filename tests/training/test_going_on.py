@@ -246,6 +246,11 @@ def test_an_older_checkpoint_that_is_asked_for_sets_the_newer_ones_aside(config:
     assert read_manifest(run / "checkpoint-2") == before[2]
     assert (run / "latest").read_text() == "checkpoint-4\n"
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
+    shutil.rmtree(run / "final")
+    train(config(**options, resume_from_checkpoint=run / "checkpoint-3.superseded"))
+    assert read_manifest(run / "checkpoint-3.superseded") == before[3]
+    assert read_manifest(run / "checkpoint-4") != read_manifest(run / "checkpoint-4.superseded-2")
+    assert (run / "checkpoint-2.superseded").is_dir()  # not on the way of what was gone on from
 
 
 def test_a_link_that_leads_to_itself_is_no_place_for_a_run(config: Config, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from llavaforge.model.attention import stock_attention
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(\S.*)$", re.MULTILINE)
 _LETTER = re.compile(r"\W*([A-Z])(?=\s*$|[.):,\n])")
+_AT_ONCE = 4  # samples, whose keys and values are copied
 _UNBOUNDED = 1 << 31  # tokens: an option is never cut, however near to `max_length` the reference is
 
 
@@ -77,9 +78,11 @@ class Chooser:
         offered = [candidates(record) if options_of(record) else {} for record in records]
         likelihoods: list[dict[str, float]] = [{} for _ in records]
         for letter in sorted(set().union(*offered)):
-            asked = {number: mine[letter] for number, mine in enumerate(offered) if letter in mine}
-            for number, value in zip(asked, self._log_likelihoods(asked, prefill), strict=True):
-                likelihoods[number][letter] = value
+            asked = [(number, mine[letter]) for number, mine in enumerate(offered) if letter in mine]
+            for begin in range(0, len(asked), _AT_ONCE):
+                some = dict(asked[begin : begin + _AT_ONCE])
+                for number, value in zip(some, self._log_likelihoods(some, prefill), strict=True):
+                    likelihoods[number][letter] = value
         return [max(mine, key=lambda letter: mine[letter]) if mine else "" for mine in likelihoods]
 
     @torch.no_grad()

@@ -71,6 +71,10 @@ class Answerer:
         end_ids, pad_id = self._end_ids(), loaded.processor.tokenizer.pad_token_id
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
+            # Whatever the language model's own generation_config.json has of these.
+            "use_cache": True,
+            "cache_implementation": None,
+            "num_beams": 1,
             "do_sample": temperature > 0,
             "temperature": temperature or None,
             "top_p": None,

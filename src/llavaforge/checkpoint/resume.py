@@ -185,18 +185,26 @@ def find_checkpoint(
     return None
 
 
-def leave_newer(output_dir: Path, step: int) -> None:
-    """Rename the checkpoints of later steps than the one that a run goes on from, whose way it is about to leave.
+def leave_others(output_dir: Path, checkpoint: Path, step: int) -> None:
+    """Rename the checkpoints that are not on the way to the one that a run goes on from: all, or those of later steps.
 
-    Else those steps would not be saved anew, and `auto` would go on from the way that was left.
+    Else these steps would not be saved anew, and `auto` would go on from the way that was left.
+
+    Args:
+        output_dir: the run's folder.
+        checkpoint: that it goes on from, there or elsewhere.
+        step: of that.
     """
-    for newer in steps_of(output_dir):
-        if newer > step:
-            folder = output_dir / f"{PREFIX}{newer}"
-            told = "the run goes on from step %d: %s is kept as %s"
-            logger.warning(told, step, folder, set_aside(folder, "superseded").name)
-    if (output_dir / LATEST).is_file():
+    is_own = checkpoint.resolve().parent == output_dir.resolve() and checkpoint.name == f"{PREFIX}{step}"
+    for other in steps_of(output_dir):
+        if other > step or not is_own:
+            folder = output_dir / f"{PREFIX}{other}"
+            told = "the run goes on from %s: %s is kept as %s"
+            logger.warning(told, checkpoint, folder, set_aside(folder, "superseded").name)
+    if is_own:
         replace_text(output_dir / LATEST, f"{PREFIX}{step}\n")
+    else:
+        (output_dir / LATEST).unlink(missing_ok=True)
 
 
 def _is_run(output_dir: Path) -> bool:

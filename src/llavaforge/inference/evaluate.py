@@ -212,6 +212,7 @@ def _lines(
                 line |= {"answer": answers[place]} if answers else {}
                 line |= {"likeliest_choice": choices[place]} if choices else {}
                 yield sample, line
+            del prefill  # its keys and values, before the next ones
             bar.update(number / len(order), f"{number * world.size} of {len(batches)} batches  ")
 
 
@@ -219,8 +220,9 @@ def _num_workers(dataset: PackDataset, order: Sequence[MicroBatch], most: int) -
     """Return how many processes read images: none where that is done here before they have started."""
     if not most or not order:
         return 0
+    num_images = dataset.index.num_images
     begin_s = time.perf_counter()
-    dataset[order[0]]
+    dataset[max(order, key=lambda batch: sum(num_images[sample] for sample in batch.samples))]
     return most if (time.perf_counter() - begin_s) * len(order) > _START_OF_WORKERS_S else 0
 
 

@@ -111,11 +111,11 @@ def beginning_as_trained(template: str, tokens: Mapping[str, str]) -> str:
     """Return the template with a generation prompt after which a rendered answer begins: what training teaches.
 
     Qwen3's template puts an empty thought before the last answer, but not into the prompt for one: served so, a model
-    begins where it never learnt to go on.
+    begins where it never learnt to go on. Spaces before an answer are the answer's (`data/text/template.py`).
     """
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "PROBE"}]
     trained, served = render(template, turns, tokens), render(template, turns[:1], tokens, add_generation_prompt=True)
-    if trained is None or served is None or served == (begin := trained.partition("PROBE")[0]):
+    if trained is None or served is None or served == (begin := trained.partition("PROBE")[0].rstrip(" ")):
         return template
     has_it = render(template, turns[:1], tokens, add_generation_prompt=True, enable_thinking=False) == begin
     unless = " and not (enable_thinking is defined and enable_thinking is false)" * has_it

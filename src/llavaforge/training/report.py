@@ -153,7 +153,7 @@ def _chart(title: str, curves: Sequence[Curve]) -> Markup:
     with svg_style():
         figure = Figure(figsize=(4.4, 2.3))
         # As constrained layout has it, in half of the time.
-        figure.subplots_adjust(left=0.13, right=0.98, bottom=0.19, top=0.92)
+        figure.subplots_adjust(left=0.16, right=0.98, bottom=0.19, top=0.92)
         axes = figure.add_subplot()
         for curve, colour in zip(curves, _STAND_INS, strict=False):
             if curve.points:

@@ -150,9 +150,9 @@ def _asked(number: int, row: Row, chat: ChatTemplate) -> Asked:
 def _answers_of_several(index: SampleIndex) -> dict[int, References]:
     """Return what several people answered of every row, where no turn of it is cut: they are about the last one."""
     records = (record for data_set in index.data_sets for record in records_of(data_set.source))
-    answers = {digest_of(record): record.answers for record in records}  # some may not be in the index
+    answers = {digest_of(record): record.answers for record in records if record.answers}
     rows = enumerate(zip(index.column("digest").tolist(), index.column("num_turns_dropped"), strict=True))
-    return {number: answers[digest] for number, (digest, dropped) in rows if not dropped}
+    return {number: answers[digest] for number, (digest, dropped) in rows if not dropped and digest in answers}
 
 
 def _question(prompt: str, chat: ChatTemplate) -> str:

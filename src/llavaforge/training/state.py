@@ -62,7 +62,8 @@ class TrainState:
         """
         with reading(folder / TRAIN_STATE, "Give another checkpoint."):
             state = TypeAdapter(cls).validate_json(to_json(values))  # strictly: no text is taken for a number
-            if folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{state.step}":
+            name = folder.name.removesuffix(".superseded")
+            if name.startswith(PREFIX) and name != f"{PREFIX}{state.step}":
                 raise ValueError(f"it is of step {state.step}")
             return state
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llavaforge.checkpoint.resume import find_checkpoint, leave_newer
+from llavaforge.checkpoint.resume import find_checkpoint, leave_others
 from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_state
 from llavaforge.clock import COMMUNICATION, DATA, EVALUATION, OTHER, SAVING, Clock
 from llavaforge.data.load.pack import Pack
@@ -77,7 +77,7 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine, clock: Clock) -> Trai
     world.at(f"loading {folder.name}")
     state, weights = world.run_on_all(lambda: _read(folder, opened))
     engine.restore(weights, state.step - state.num_skipped)
-    world.run_on_all(lambda: leave_newer(config.output_dir, state.step) if world.is_writer else None)
+    world.run_on_all(lambda: leave_others(config.output_dir, folder, state.step) if world.is_writer else None)
     logger.info("going on from %s", folder)
     _tell_of_schedule(folder, opened, state.step)
     return state

@@ -106,6 +106,7 @@ class SampleBuilder:
             "image": [self.image_token_id, self.num_image_tokens],
             "max_length": self.max_length,
             **({"special_tokens_in_text": "keep"} if self.chat.keeps_special_tokens else {}),
+            **({"spaces_before_answers": "supervised"} if self.chat.begins_answers_with_spaces else {}),
         }
 
     def _fitted(self, record: Record, spans: list[TextSpan], text: str, encoding: Any) -> Sample:

@@ -135,6 +135,12 @@ class ChatTemplate:
         return _literals(self, ("user", "assistant"))[1][-1].strip() or self.end_token
 
     @cached_property
+    def begins_answers_with_spaces(self) -> bool:
+        """Whether the template writes spaces before an answer, which belong to it."""
+        roles = ("user", "assistant") if self.system_prompt is None else ("system", "user", "assistant")
+        return self.style == "chat" and _literals(self, roles)[0][-2].endswith(" ")
+
+    @cached_property
     def bos_token(self) -> str:
         """What the tokenizer itself puts before a plain text (empty for most)."""
         bos = self.tokenizer.bos_token
@@ -152,12 +158,16 @@ class ChatTemplate:
     def _mark(self, turns: Sequence[Turn], contents: list[str], literals: list[str], ends: list[str]) -> list[TextSpan]:
         spans: list[TextSpan] = []
         for number, (turn, content) in enumerate(zip(turns, contents, strict=True)):
-            spans.append(TextSpan(literals[number][len(ends[number]) :], False))
+            before = literals[number][len(ends[number]) :]
             if turn.role == "assistant":
+                # Spaces before an answer are its own ("ASSISTANT: red"): most tokenizers make one token of a space and
+                # a word, and a prompt that ended with the space would be followed by what was never learnt there.
+                prompt = before.rstrip(" ")
                 # Vicuna-style templates write no end of their own: without one answers would never stop.
-                spans.append(TextSpan(content + (ends[number + 1] or self.end_token), True))
+                answer = before[len(prompt) :] + content + (ends[number + 1] or self.end_token)
+                spans += [TextSpan(prompt, False), TextSpan(answer, True)]
             else:
-                spans.append(TextSpan(content, False))
+                spans += [TextSpan(before, False), TextSpan(content, False)]
         spans.append(TextSpan(literals[-1][len(ends[-1]) :], False))
         return spans
 
