@@ -34,6 +34,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a budget below one step": ({"budget_samples": 3}, "less than one step of a, which takes 4"),
     "no FLOPs": ({"budget_samples": None, "budget_flops": 1}, "less than one step of a"),
     "no held-out data": ({"eval_data_path": None}, "give them as eval_data_path"),
+    "two held-out data sets": (
+        {"eval_data_path": None, "eval_data": [{"path": "a.json"}, {"path": "b.json"}]},
+        "or as one entry of eval_data",
+    ),
+    "held-out data that `evaluate` cannot read": (
+        {"eval_data_path": None, "eval_data": [{"path": "a.json", "columns": {"image": "picture"}}]},
+        "without columns, format and split",
+    ),
     "a split for each seed": ({"validation_split": 10}, "give one of eval_data_path, eval_data and validation_split"),
     "held-out data that is not there": ({"eval_data_path": "nowhere.json"}, "nowhere.json"),
     "one variant": ({"variants": {"a": LORA}}, "at least two"),

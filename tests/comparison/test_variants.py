@@ -13,7 +13,7 @@ from llavaforge.cli import parse
 from llavaforge.comparison import variants
 from llavaforge.comparison.measures import in_words
 from llavaforge.comparison.spread import difference
-from llavaforge.comparison.variants import open_variants
+from llavaforge.comparison.variants import evaluate_options, open_variants
 from llavaforge.config.schema import CompareConfig
 from llavaforge.errors import UserError
 
@@ -82,6 +82,16 @@ def test_what_is_measured_along_the_way(tiny_llava: Path, shapes: Path, tmp_path
     assert set(map(repr, on_the_way(words).values())) == {"(32, ['anls'], 32)"}  # the first in the order of `evaluate`
     words = write(tmp_path, tiny_llava, shapes, metrics=["none"], eval_generate_samples=5)
     assert set(on_the_way(words).values()) == {(0, None, None)}
+
+
+def test_held_out_data_may_be_an_entry_with_its_own_bound(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+    entry = {"path": str(shapes / "heldout" / "questions.json"), "max_samples": 7}
+    for most, expected in ((None, 7), (5, 5), (9, 7)):
+        words = write(tmp_path, tiny_llava, shapes, eval_data_path=None, eval_data=[entry], max_eval_samples=most)
+        config = config_of(words)
+        opened, _ = open_variants(config)
+        assert [len(one.held_out.index) for one in opened] == [expected] * 2
+        assert evaluate_options(config, opened[0].values, "model").max_samples == expected
 
 
 def test_what_is_measured_along_the_way_of_other_answers(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def _facts(comparison: Comparison, results: Mapping[Run, dict[str, Any]]) -> dic
     return {
         "model": config.model_name_or_path,
         "data": ", ".join(str(entry.path) for entry in config.entries),
-        "held out": f"{config.eval_data_path}, {count(len(variant.held_out.index))} records",
+        "held out": f"{config.eval_entries[0].path}, {count(len(variant.held_out.index))} records",
         "budget of each run": told,
         "seeds": ", ".join(map(str, config.seeds)),
         "runs done": f"{len(results)} of {len(comparison.runs)}",

@@ -190,7 +190,7 @@ def evaluate_options(config: CompareConfig, values: Mapping[str, Any], model: st
         "data_path": held_out.path,
         "image_folder": held_out.images,
         "image_roots": held_out.image_roots,
-        "max_samples": config.max_eval_samples,
+        "max_samples": held_out.max_samples,
         "max_new_tokens": config.max_new_tokens,
         "metrics": config.metrics,
     }
@@ -221,7 +221,9 @@ def _on_the_way(
 
 def _held_out(config: CompareConfig) -> DataEntry:
     """Return the held-out data, the same for all variants."""
-    return config.eval_entries[0].model_copy(update={"max_samples": config.max_eval_samples})
+    entry = config.eval_entries[0]
+    bounds = [bound for bound in (entry.max_samples, config.max_eval_samples) if bound is not None]
+    return entry.model_copy(update={"max_samples": min(bounds, default=None)})
 
 
 def _measured(config: CompareConfig, held_out: SampleIndex) -> dict[str, Any]:

@@ -546,10 +546,12 @@ class CompareConfig(TrainConfig):
                 "give one of budget_samples, budget_minutes and budget_flops, which each run gets"
                 + (f"; found {' and '.join(budgets)}" if budgets else "")
             )
-        if self.eval_data_path is None:
+        entries = self.eval_entries
+        if len(entries) != 1 or entries[0].columns or entries[0].split or entries[0].format != "auto":
             raise ValueError(
-                "compare measures all runs on the same records, which none of them sees: give them as eval_data_path "
-                "(with a recipe's validation_split, which depends on the seed, give --validation_split 0 too)"
+                "compare measures all runs on the same records, which none of them sees: give them as eval_data_path, "
+                "or as one entry of eval_data, without columns, format and split, which `evaluate` does not have (with "
+                "a recipe's validation_split, which depends on the seed, give --validation_split 0 too)"
             )
         if self.stages:
             raise ValueError("compare trains one stage: name it with `stage`")
