@@ -59,7 +59,7 @@ def draw(title: str, label: str, panels: Sequence[Panel]) -> Markup:
         width, height = 3.4 * len(panels), 2.7
         figure = Figure(figsize=(width, height))
         # Inches for labels, as constrained layout has them in twice the time.
-        figure.subplots_adjust(0.6 / width, 0.45 / height, 1 - 0.15 / width, 1 - 0.1 / height, 0.05)
+        figure.subplots_adjust(0.75 / width, 0.45 / height, 1 - 0.15 / width, 1 - 0.1 / height, 0.05)
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel in zip(all_axes, panels, strict=True):
             for line in panel.lines:
