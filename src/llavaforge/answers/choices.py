@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from llavaforge.answers.prefill import Prefill
+from llavaforge.answers.prefill import Prefill, expanded
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.turns import Turn
 from llavaforge.data.text.sample import Sample, SampleBuilder
@@ -116,8 +116,6 @@ class Chooser:
 
     def _expanded(self, sample: Sample) -> tuple[list[int], int, int]:
         """Return a sample's ids with every image token written out, and where its last answer begins and ends."""
-        image, repeats = self._builder.image_token_id, self._builder.num_image_tokens
-        ids = [token for one in sample.ids for token in ([one] * repeats if one == image else [one])]
-        begin, end = sample.supervised_spans[-2:]
+        repeats, (begin, end) = self._builder.num_image_tokens, sample.supervised_spans[-2:]
         more = sample.num_images * (repeats - 1)  # all images come before the last answer
-        return ids, begin + more, end + more
+        return expanded(sample.ids, self._builder.image_token_id, repeats), begin + more, end + more

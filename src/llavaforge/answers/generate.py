@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from llavaforge.answers.prefill import Prefill
+from llavaforge.answers.prefill import Prefill, expanded
 from llavaforge.config.schema import SampleOptions
 from llavaforge.data.index.open import sample_builder
 from llavaforge.data.pixels.preprocessing import Pixels, Preprocessing
@@ -170,8 +170,7 @@ class Answerer:
 
     def _expanded(self, ids: Sequence[int]) -> list[int]:
         """Return token ids with every image token written out."""
-        image, repeats = self._loaded.image_token_id, self._loaded.num_image_tokens
-        return [token for one in ids for token in ([one] * repeats if one == image else [one])]
+        return expanded(ids, self._loaded.image_token_id, self._loaded.num_image_tokens)
 
     def _images(self, pixels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         if not pixels:  # the stock model would try to encode a `pixel_values` of None

@@ -18,6 +18,11 @@ from llavaforge.data.load.pack import Pack
 from llavaforge.model.step import StepModule
 
 
+def expanded(ids: Sequence[int], image_token_id: int, num_image_tokens: int) -> list[int]:
+    """Return token ids with every image token written out."""
+    return [token for one in ids for token in ([one] * num_image_tokens if one == image_token_id else [one])]
+
+
 class Prefill:
     """The pass, and what it leaves.
 

@@ -62,7 +62,7 @@ class TrainState:
         """
         with reading(folder / TRAIN_STATE, "Give another checkpoint."):
             state = TypeAdapter(cls).validate_json(to_json(values))  # strictly: no text is taken for a number
-            name = folder.name.removesuffix(".superseded")
+            name = folder.name.partition(".superseded")[0]
             if name.startswith(PREFIX) and name != f"{PREFIX}{state.step}":
                 raise ValueError(f"it is of step {state.step}")
             return state
