@@ -596,7 +596,7 @@ def compare(
     on_bad_sample: Literal["stop", "skip"] = "stop",
     max_bad_samples: int = 100,
     eval_steps: int = 0,
-    eval_generate_samples: int = 0,
+    eval_generate_samples: int = 32,
     eval_metrics: Sequence[
         Literal[
             "auto",
@@ -634,7 +634,7 @@ def compare(
     dataloader_num_workers: int = 2,
     cache_vision_features: Literal["off", "disk", "memory"] = "off",
     save_steps: int = 500,
-    save_total_limit: int = 2,
+    save_total_limit: int = 1,
     on_save_error: Literal["stop", "continue"] = "stop",
     logging_steps: int = 1,
     report_to: Sequence[Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]] = ("none",),
@@ -718,9 +718,9 @@ def compare(
         on_bad_sample: What to do with a record or image that cannot be read: stop, or leave it out and list it in
             bad_samples.jsonl.
         max_bad_samples: With `skip`: stop when more than so many were left out.
-        eval_steps: Held-out loss every so many steps (0: only at the end).
-        eval_generate_samples: With the held-out loss, answer so many held-out samples, the same each time
-            (`eval_answers.jsonl`).
+        eval_steps: Held-out loss every so many steps (0: about ten times a run).
+        eval_generate_samples: With the held-out loss, answer so many held-out samples, the same each time, where a
+            metric suits them.
         eval_metrics: What is measured of these answers, as in `evaluate --metrics`; in metrics.jsonl under `eval_NAME`.
         eval_max_new_tokens: Longest answer that is generated for it.
         metric_for_best_model: What says which step is best: `eval_loss` (lowest), or `eval_NAME` of a metric in
@@ -755,7 +755,7 @@ def compare(
             epochs and a small language model: all that is saved is the tower's share of a step. With CLIP-L/336 in
             bfloat16 an image takes 1.2 MB, so 10,000 take 12 GB, and LLaVA's 595,375 would take 700 GB.
         save_steps: A checkpoint every so many steps (0: none); training goes on while it is written.
-        save_total_limit: Newest checkpoints kept.
+        save_total_limit: Newest checkpoints kept of each run.
         on_save_error: When a checkpoint cannot be saved (the disk is full): stop the run, or go on without it.
         logging_steps: A line of metrics.jsonl every so many steps.
         report_to: Where metrics go besides metrics.jsonl and report.html; several names, or one.
@@ -775,7 +775,7 @@ def compare(
         budget_flops: Model FLOPs that each run spends, such as 1e15.
         max_eval_samples: Use only the first so many held-out records.
         metrics: What is measured of generated answers, as in `evaluate`; the first one that suits also while a run goes
-            on, of `eval_generate_samples` records (32, unless given).
+            on, of `eval_generate_samples` records.
         max_new_tokens: Longest answer that is generated.
 
     Returns:
@@ -801,6 +801,7 @@ def evaluate(
     cache_dir: str | Path | None = None,
     base_model: str | Path | None = None,
     data_path: str | Path | None = None,
+    held_out: bool = False,
     lmms: Sequence[str] = (),
     lmms_python: str | Path | None = None,
     lmms_include_path: str | Path | None = None,
@@ -841,6 +842,8 @@ def evaluate(
         cache_dir: Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`).
         base_model: Folder of the model that the run started from, when it is no longer where it was.
         data_path: Same layouts as in `train`.
+        held_out: Measure on what the run held out while it trained (its `validation_split`, `eval_data_path` or
+            `eval_data`), prepared as there, instead of `data_path`.
         lmms: Tasks of lmms-eval, which runs them on its own, beside `data_path` or alone: `pope`, `gqa`, ...
         lmms_python: The Python that has lmms-eval, when it is in an environment of its own.
         lmms_include_path: A folder with your own tasks of lmms-eval.
@@ -858,7 +861,7 @@ def evaluate(
 
     Returns:
         The keys of `EvaluateResult`: `num_samples`, `loss`, `perplexity`, `exact_match`, `lmms`, `intervals`,
-            `model_name_or_path`, `data_path`, `blank_image`.
+            `model_name_or_path`, `data_path`, `held_out`, `blank_image`.
 
     Raises:
         UserError: An option, or what it points at, is at fault; the message says how to mend it.

@@ -207,6 +207,8 @@ class EvaluateResult(TypedDict):
     """The model measured."""
     data_path: str | None
     """The data it was measured on."""
+    held_out: bool
+    """Whether that is what the run held out, of this data."""
     blank_image: bool
     """Whether the images were replaced by grey ones."""
 

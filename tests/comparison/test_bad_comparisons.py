@@ -1,6 +1,7 @@
 """Bad input of `compare`: exit code 2, what to do, and nothing trained."""
 
 import fcntl
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,27 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two budgets": ({"budget_minutes": 1}, "found budget_samples and budget_minutes"),
     "a budget below one step": ({"budget_samples": 3}, "less than one step of a, which takes 4"),
     "no FLOPs": ({"budget_samples": None, "budget_flops": 1}, "less than one step of a"),
-    "no held-out data": ({"eval_data_path": None}, "give them as eval_data_path"),
-    "two held-out data sets": (
-        {"eval_data_path": None, "eval_data": [{"path": "a.json"}, {"path": "b.json"}]},
-        "or as one entry of eval_data",
+    "no held-out data": ({"eval_data_path": None}, "give validation_split, eval_data_path or eval_data"),
+    "a bound of several held-out data sets": (
+        {"eval_data_path": None, "eval_data": [{"path": "a.json"}, {"path": "b.json"}], "max_eval_samples": 3},
+        "give each its max_samples",
     ),
-    "held-out data that `evaluate` cannot read": (
-        {"eval_data_path": None, "eval_data": [{"path": "a.json", "columns": {"image": "picture"}}]},
-        "without columns, format and split",
+    "a bound of a split": (
+        {"eval_data_path": None, "validation_split": 4, "max_eval_samples": 3},
+        "say there how many are held out",
     ),
-    "a split for each seed": ({"validation_split": 10}, "give one of eval_data_path, eval_data and validation_split"),
+    "a variant that holds out others": (
+        {
+            "eval_data_path": None,
+            "validation_split": 4,
+            "variants": {"a": LORA, "b": LORA | {"data_path": "CHAT"}},
+        },
+        "variants, b: its data, quarantine or max_length makes it hold out other records than a does",
+    ),
+    "a split beside held-out data": (
+        {"validation_split": 10},
+        "give one of eval_data_path, eval_data and validation_split",
+    ),
     "held-out data that is not there": ({"eval_data_path": "nowhere.json"}, "nowhere.json"),
     "one variant": ({"variants": {"a": LORA}}, "at least two"),
     "names that differ in case": ({"variants": {"a": LORA, "A": LORA}}, "differ not only in case"),
@@ -72,6 +84,7 @@ def test_bad_input_is_told_before_anything_is_trained(
     case: str, tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes, expected = BAD[case]
+    changes = json.loads(json.dumps(changes).replace('"CHAT"', json.dumps(str(shapes / "train" / "chat.json"))))
     assert main(write(tmp_path, tiny_llava, shapes, **changes)) == 2
     told = capsys.readouterr()
     assert told.out == "" and "Traceback" not in told.err

@@ -42,11 +42,10 @@ def recipe(tiny_llava: Path, shapes: Path, tmp_path_factory: pytest.TempPathFact
         for name in ("train_type", "max_steps", "lora_r", "lora_alpha", "projector_learning_rate", "save_steps"):
             del values[name]
         values |= {
-            "eval_data_path": str(shapes / "heldout" / "questions.json"),
+            "validation_split": 8,
             "variants": VARIANTS,
             "seeds": [0, 1],
             "budget_samples": 14,  # three steps of four, and two samples that make none
-            "max_eval_samples": 8,
             "max_new_tokens": 4,
         }
         path = folder / f"{len(list(folder.iterdir()))}.yaml"
@@ -202,12 +201,12 @@ def test_the_page_stands_alone_and_shows_all(whole: Path) -> None:
 
 def test_a_changed_recipe_is_refused(whole: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     before = figures(whole)
-    changes = {"learning_rate": 2e-2, "budget_samples": 20, "max_eval_samples": 4, "metrics": ["none"]}
+    changes = {"learning_rate": 2e-2, "budget_samples": 20, "validation_split": 4, "metrics": ["none"]}
     assert main(recipe(whole, seeds=[0, 1, 2], **changes)) == 2
     told = capsys.readouterr().err
     assert "`projector` was begun with another recipe" in told and "\n  seed" not in told
     assert "learning_rate: 0.01 there, 0.02 now" in told and "budget_samples: 14 there, 20 now" in told
-    assert "held-out data: " in told and "metrics: ['auto'] there, ['none'] now" in told
+    assert "validation_split: 8.0 there, 4.0 now" in told and "metrics: ['auto'] there, ['none'] now" in told
     assert figures(whole) == before
 
 
@@ -255,6 +254,7 @@ def test_a_budget_of_minutes_is_rehearsed_once_and_captions_have_no_metric_but_a
     changes = {"variants": {"broken": broken, "lora": VARIANTS["lora"]}, "seeds": [0]}
     changes |= {"budget_samples": None, "budget_minutes": 0.003}
     changes |= {"data_path": str(shapes / "train"), "eval_data_path": str(shapes / "heldout")}  # captions
+    changes |= {"validation_split": None, "max_eval_samples": 8}
     assert main(recipe(folder, **changes)) == 1
     assert "what failed: rehearsal of broken" in capsys.readouterr().err
     assert caplog.text.count("rehearsal: ") == 2

@@ -88,10 +88,25 @@ def test_held_out_data_may_be_an_entry_with_its_own_bound(tiny_llava: Path, shap
     entry = {"path": str(shapes / "heldout" / "questions.json"), "max_samples": 7}
     for most, expected in ((None, 7), (5, 5), (9, 7)):
         words = write(tmp_path, tiny_llava, shapes, eval_data_path=None, eval_data=[entry], max_eval_samples=most)
-        config = config_of(words)
-        opened, _ = open_variants(config)
-        assert [len(one.held_out.index) for one in opened] == [expected] * 2
-        assert evaluate_options(config, opened[0].values, "model").max_samples == expected
+        opened, _ = open_variants(config_of(words))
+        assert [len(one.rows) for one in opened] == [expected] * 2
+
+
+def test_held_out_data_may_be_several_data_sets_or_a_split(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+    """(Every seed and variant measures the same records: `test_runs_of_all_seeds_hold_out_the_same`.)"""
+    heldout = shapes / "heldout"
+    entries = [
+        {"path": str(heldout / "questions.json"), "max_samples": 3},
+        {"path": str(heldout / "chat.json"), "max_samples": 4, "format": "llava"},
+    ]
+    words = write(tmp_path, tiny_llava, shapes, eval_data_path=None, eval_data=entries)
+    assert [len(one.rows) for one in open_variants(config_of(words))[0]] == [7, 7]
+    words = write(tmp_path, tiny_llava, shapes, eval_data_path=None, validation_split=6)
+    config = config_of(words)
+    one, other = open_variants(config)[0]
+    assert one.rows.tolist() == other.rows.tolist() and len(one.rows) == 6
+    assert one.values["validation_split"] == 6 and "eval_data" not in one.values
+    assert evaluate_options(config, one.values | {"max_length": 99}, "model").held_out  # prepared as the run says
 
 
 def test_what_is_measured_along_the_way_of_other_answers(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:

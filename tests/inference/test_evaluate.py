@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llavaforge.answers.generate import Answerer, Question
 from llavaforge.answers.metrics import exact_match
-from llavaforge.config.schema import ChatConfig, EvaluateConfig, SampleOptions
+from llavaforge.config.schema import ChatConfig, EvaluateConfig, SampleOptions, TrainConfig
 from llavaforge.data.rows.turns import Turn
 from llavaforge.errors import UserError
 from llavaforge.inference.chat import chat
@@ -38,6 +39,62 @@ def test_loss_is_the_held_out_loss_of_training(tiny_llava: Path, shapes: Path, t
     assert (found["data_path"], found["blank_image"]) == (str(shapes / "heldout"), False)
     with pytest.raises(UserError, match="is a training run's folder"):
         evaluate(EvaluateConfig(model_name_or_path="m", data_path=shapes, output_dir=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("train_type", ["projector", "use_lora"])
+def test_what_a_run_held_out_is_measured_as_it_was_there(
+    train_type: str, tiny_llava: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """Of two data sets, in another style than `evaluate` has by itself, of any seed, from `final` and a checkpoint."""
+    entries = [
+        {"path": shapes / "train" / "chat.json"},
+        {"path": shapes / "train" / "questions.json", "max_samples": 40},
+    ]
+    of_one = train_config(
+        tiny_llava, shapes / "train", tmp_path / "run", train_type=train_type, max_steps=3, validation_split=10,
+        prompt_style="plain", seed=5, save_steps=3,
+    )  # fmt: skip
+    values = of_one.model_dump(exclude_unset=True, exclude={"data_path"})
+    config = TrainConfig.model_validate(values | {"data": entries})
+    trained = train(config)
+    for name in ("final", "checkpoint-3"):
+        config_of_it = EvaluateConfig(
+            model_name_or_path=str(tmp_path / "run" / name), held_out=True, bf16=False, dataloader_num_workers=0,
+            output_dir=tmp_path / "out", metrics=["exact_match"], cache_dir=config.cache_dir,
+        )  # fmt: skip
+        found = evaluate(config_of_it)
+        assert found["loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
+        assert (found["num_samples"], found["held_out"]) == (10, True)
+        assert found["data_path"] == ", ".join(str(entry["path"]) for entry in entries)
+        assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 10
+        assert evaluate(config_of_it.model_copy(update={"max_samples": 4}))["num_samples"] == 4
+
+
+def test_nothing_that_was_trained_on_is_taken_for_held_out(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+    rows = json.loads((shapes / "train" / "questions.json").read_text())[:30]
+    data = tmp_path / "questions.json"
+    data.write_text(json.dumps(rows))
+    images = shapes / "train" / "images"
+
+    def of(name: str, **options: Any) -> EvaluateConfig:
+        config = train_config(tiny_llava, data, tmp_path / name, image_folder=images, max_steps=1, **options)
+        train(config)
+        return EvaluateConfig(
+            model_name_or_path=str(tmp_path / name / "final"), held_out=True, cache_dir=config.cache_dir
+        )
+
+    with pytest.raises(UserError, match="held nothing out"):
+        evaluate(of("none"))
+    held_out = of("split", validation_split=6)
+    assert evaluate(held_out)["num_samples"] == 6
+    data.write_text(json.dumps(rows[1:]))
+    with pytest.raises(UserError, match="has changed since the run, so that records which it trained on"):
+        evaluate(held_out)
+    with pytest.raises(UserError, match="no run's folder"):
+        evaluate(EvaluateConfig(model_name_or_path=str(tiny_llava), held_out=True))
+    for own in ({"data_path": data}, {"prompt_style": "plain"}, {"image_folder": images}):
+        with pytest.raises(ValueError, match=f"leave {next(iter(own))} out"):
+            EvaluateConfig(model_name_or_path="m", held_out=True, **own)
 
 
 def test_loss_of_each_sample_is_its_own(loaded_llava: LoadedModel, shapes: Path, tmp_path: Path) -> None:

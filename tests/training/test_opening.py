@@ -9,11 +9,11 @@ import pytest
 
 from llavaforge.config.schema import DataCheckConfig, DataPreviewConfig, TrainConfig
 from llavaforge.data.order.plan import Plan
+from llavaforge.data.order.run_data import HeldOut, open_data
 from llavaforge.data_check.check import data_check
 from llavaforge.data_preview.preview import data_preview
 from llavaforge.errors import UserError
 from llavaforge.model.load import LoadedModel
-from llavaforge.training.opening import open_data
 from llavaforge.training.run import train
 from train_tools import TRAIN_TYPES, train_config
 
@@ -38,11 +38,23 @@ def config_of(model: Path, apart: Path, **options: Any) -> TrainConfig:
     )
 
 
+def held_out_of(config: TrainConfig, loaded: LoadedModel) -> HeldOut | None:
+    return open_data(config, loaded.processor, loaded.num_image_tokens, quiet=True).held_out
+
+
+def test_runs_of_all_seeds_hold_out_the_same(loaded_llava: LoadedModel, tiny_llava: Path, apart: Path) -> None:
+    found = [
+        held_out_of(config_of(tiny_llava, apart, validation_split=3, seed=seed), loaded_llava) for seed in (1, 2, 3)
+    ]
+    assert len({one.identity for one in found if one is not None}) == 1
+    assert len({tuple(one.rows.tolist()) for one in found if one is not None}) == 1
+
+
 def test_held_out_data_finds_its_images_in_the_image_folder(
     loaded_llava: LoadedModel, tiny_llava: Path, apart: Path
 ) -> None:
     config = config_of(tiny_llava, apart, eval_data_path=apart / "anno" / "heldout.json")
-    held_out = open_data(config, loaded_llava, quiet=True).held_out
+    held_out = held_out_of(config, loaded_llava)
     assert held_out is not None and len(held_out.rows) == 12
     found = data_check(
         DataCheckConfig(
@@ -56,7 +68,7 @@ def test_held_out_data_with_images_of_its_own_keeps_them(
     loaded_llava: LoadedModel, tiny_llava: Path, apart: Path, shapes: Path
 ) -> None:
     config = config_of(tiny_llava, apart, eval_data_path=shapes / "heldout")
-    held_out = open_data(config, loaded_llava, quiet=True).held_out
+    held_out = held_out_of(config, loaded_llava)
     assert held_out is not None and len(held_out.rows) == 100
 
 
@@ -68,7 +80,7 @@ def test_held_out_data_is_a_list_of_data_sets_like_training_data(
         {"path": shapes / "heldout", "max_samples": 5},
     ]
     config = config_of(tiny_llava, apart, eval_data=entries)
-    held_out = open_data(config, loaded_llava, quiet=True).held_out
+    held_out = held_out_of(config, loaded_llava)
     assert held_out is not None and held_out.rows.tolist() == list(range(17))
     assert train(config)["eval_loss"] > 0
     with pytest.raises(ValueError, match="weight and repeat have no place"):
@@ -77,7 +89,7 @@ def test_held_out_data_is_a_list_of_data_sets_like_training_data(
         config_of(tiny_llava, apart, eval_data=entries, validation_split=0.5)
     (apart / "anno" / "heldout.json").write_text("[]")
     with pytest.raises(UserError, match="no rows"):
-        open_data(config, loaded_llava, quiet=True)
+        held_out_of(config, loaded_llava)
 
 
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)

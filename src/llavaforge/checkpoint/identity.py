@@ -45,7 +45,7 @@ def describe_run(
     identity = {name: values[name] for name in identifying()} | {
         "base_model": fingerprint(loaded.path),
         "projector": sum(float(p.double().sum()) for p in projector.parameters()) if projector is not None else None,
-        "data": [index.fingerprint, *mixture.draws, _checksum(mixture.rows)],
+        "data": data_identity(index, mixture),
         "global_batch_size": plan.global_batch_size,
         "preprocessing": json.loads(json.dumps(asdict(loaded.preprocessing))),  # as it is read back: lists
     }
@@ -60,6 +60,11 @@ def describe_run(
         "identity": identity,
         "config": values,
     }
+
+
+def data_identity(index: SampleIndex, mixture: Mixture) -> list[Any]:
+    """Return what tells the data of a run, and which of its rows are trained on, from those of others."""
+    return [index.fingerprint, *mixture.draws, _checksum(mixture.rows)]
 
 
 def check_same_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any], allowed: Collection[str] = ()) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from llavaforge.comparison.runs import Run
-from llavaforge.data.load.loader import BadImage, PackDataset
+from llavaforge.comparison.variants import Variant
+from llavaforge.data.load.loader import BadImage
 from llavaforge.data.storage.image_ref import short
 from llavaforge.report.glyphs import visible
 from llavaforge.report.pictures import thumbnail_url
@@ -85,16 +86,17 @@ def _card(number: int, lines: dict[Run, list[dict[str, Any]]], differ: bool) -> 
         for name, said in of_variants.items()
     }
     question, reference = (_shown(line[key]) for key in ("question", "reference"))
-    return Card(line["id"], _pictures(first.variant.held_out, number), question, reference, answers, differ)
+    return Card(line["id"], _pictures(first.variant, number), question, reference, answers, differ)
 
 
 def _shown(text: str) -> str:
     return visible(short(text.strip(), _LONGEST_TEXT))
 
 
-def _pictures(dataset: PackDataset, number: int) -> list[str]:
+def _pictures(variant: Variant, number: int) -> list[str]:
     """Return a record's images as the model sees them, made small; none where one cannot be read any more."""
     try:
-        return [thumbnail_url(pixels_CHW) for pixels_CHW in dataset.pixels(dataset.index.row(number))]
+        row = variant.held_out.index.row(int(variant.rows[number]))
+        return [thumbnail_url(pixels_CHW) for pixels_CHW in variant.held_out.pixels(row)]
     except BadImage:
         return []

@@ -6,30 +6,33 @@ is wrong with one of them is told within seconds.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from llavaforge.answers.metrics import METRICS, chosen
 from llavaforge.checkpoint.identity import describe_run
 from llavaforge.config.load import build
 from llavaforge.config.recipe import override
-from llavaforge.config.schema import OF_COMPARISON, CompareConfig, DataEntry, EvaluateConfig, TrainConfig
+from llavaforge.config.schema import OF_COMPARISON, CompareConfig, EvaluateConfig, SampleOptions, TrainConfig
 from llavaforge.config.train_types import TRAIN_TYPES
-from llavaforge.data.index.index import SampleIndex
-from llavaforge.data.index.open import open_checked_index
+from llavaforge.data.index.records import records_of_rows
 from llavaforge.data.load.loader import PackDataset
+from llavaforge.data.order.mixture import RowNumbers
 from llavaforge.data.order.plan import Plan
+from llavaforge.data.order.run_data import open_data
+from llavaforge.data.rows.records import Record
 from llavaforge.device import compute_dtype, pick_device, total_memory
 from llavaforge.engine.memory import Counts, engine_memory, stage_of
 from llavaforge.engine.zero_config import settings_of_run
 from llavaforge.errors import UserError
 from llavaforge.files import to_json
-from llavaforge.inference.evaluate import records_as_cut, references_of
+from llavaforge.inference.evaluate import references_of
 from llavaforge.model.flops import FlopCounter
 from llavaforge.model.load import load_without_weights
 from llavaforge.model.trainable import learning_rate, set_trainable
-from llavaforge.training.opening import open_data
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,6 @@ _OF_COST = (
     "deepspeed", "cache_vision_features", "eval_steps",
 )  # fmt: skip
 _ON_THE_WAY = ("eval_generate_samples", "eval_metrics", "eval_max_new_tokens")
-_NUM_ASKED = 32  # held-out records at each evaluation, where the recipe does not say it
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,8 @@ class Variant:
         num_parameters: of the whole model.
         flops_per_sample: model FLOPs of the mean sample in training.
         memory_bytes: what the weights and the optimizer take, without activations.
-        held_out: the records that it is measured on, as its model sees them.
+        held_out: the records that it is measured on, as its model sees them: these rows of a data set.
+        rows: their numbers.
         identity: all that its results depend on, but for the seed, as JSON.
     """
 
@@ -72,6 +75,7 @@ class Variant:
     flops_per_sample: float
     memory_bytes: float
     held_out: PackDataset
+    rows: RowNumbers
     identity: dict[str, Any]
 
     @property
@@ -91,7 +95,9 @@ def open_variants(config: CompareConfig) -> tuple[list[Variant], dict[str, str]]
     """
     left_out: dict[str, str] = {}
     if config.variants is not None:
-        return [_open(config, name, overrides) for name, overrides in config.variants.items()], left_out
+        variants = [_open(config, name, overrides) for name, overrides in config.variants.items()]
+        _check_same_records(variants)
+        return variants, left_out
     budget, variants = total_memory(pick_device()), []
     for name, overrides in _train_types(config).items():
         variant = _open(config, name, overrides)
@@ -104,6 +110,30 @@ def open_variants(config: CompareConfig) -> tuple[list[Variant], dict[str, str]]
     if len(variants) < 2:
         raise UserError("compare: fewer than two train types fit this device. Name other `variants` in the recipe.")
     return variants, left_out
+
+
+def _check_same_records(variants: Sequence[Variant]) -> None:
+    """Check that all variants hold out the same records.
+
+    Raises:
+        UserError: one holds out others.
+    """
+    first, *others = map(_places, variants)
+    for variant, places in zip(variants[1:], others, strict=True):
+        if places != first:
+            raise UserError(
+                f"variants, {variant.name}: its data, quarantine or max_length makes it hold out other records than "
+                f"{variants[0].name} does, so their losses could not be compared. Give the held-out records as "
+                "eval_data_path, and let none of them be faulty."
+            )
+
+
+def _places(variant: Variant) -> list[tuple[str, int, int]]:
+    """Return where the held-out records are: contents of the data set, file, row."""
+    index = variant.held_out.index
+    contents = np.repeat([data_set.contents for data_set in index.data_sets], np.diff(index.starts))
+    columns = (column[variant.rows].tolist() for column in (contents, index.column("file"), index.column("row")))
+    return list(zip(*columns, strict=True))
 
 
 def _train_types(config: CompareConfig) -> dict[str, dict[str, Any]]:
@@ -120,35 +150,39 @@ def _train_types(config: CompareConfig) -> dict[str, dict[str, Any]]:
 
 def _open(config: CompareConfig, name: str, overrides: Mapping[str, Any]) -> Variant:
     where = f"variants, {name}"
-    held_out = _held_out(config)
     base = {
         key: value
         for key, value in config.model_dump(mode="json", exclude_unset=True).items()
         if key not in _ONLY_OURS | OF_COMPARISON.keys()
     }
-    values = override(base, overrides) | {
-        "eval_data": [held_out.model_dump(mode="json", exclude_defaults=True)],
-        "logging_steps": 1,  # the curves' times are sums over steps
-        "save_total_limit": values_or(base, overrides, "save_total_limit", 1),
-    }
+    values = (
+        override(base, overrides)
+        | _held_out(config)
+        | {
+            "logging_steps": 1,  # the curves' times are sums over steps
+            "save_total_limit": values_or(base, overrides, "save_total_limit", config.save_total_limit),
+        }
+    )
     if config.budget_minutes is not None and values_or(base, overrides, "compile", "auto") == "auto":
         values["compile"] = False  # `auto` would leave the short rehearsal uncompiled and the run not
     train = build(TrainConfig, {**values, "output_dir": config.output_dir, "seed": config.seeds[0]}, where)
     loaded = load_without_weights(train.model_name_or_path)
     learning = set_trainable(loaded.model, train)
-    data = open_data(train, loaded, quiet=True)
+    data = open_data(train, loaded.processor, loaded.num_image_tokens, quiet=True)
+    assert data.held_out is not None
+    index, rows = data.held_out.index, data.held_out.rows
     costs = FlopCounter.of(loaded.model, loaded.num_image_tokens).of_index(data.index)
     batch_size, counts = train.samples_per_step(), Counts.of(loaded.model)
     memory = engine_memory("plain", counts, 1, compute_dtype(train.bf16).itemsize, train.optim == "adamw_8bit")
-    options = evaluate_options(config, values, "")
-    index = open_checked_index([held_out], loaded.processor, loaded.num_image_tokens, options)
-    values |= _on_the_way(config, values, train, index)
+    values |= _on_the_way(config, values, train, records_of_rows(index, rows))
     plan = Plan.of(train, data.mixture, data.index, costs, batch_size, num_steps=1)
     run = describe_run(train.model_copy(update={"projector_from": None}), loaded, data.index, data.mixture, plan)
     identity = {key: value for key, value in run["identity"].items() if key != "seed"}
     identity |= {key: run["config"][key] for key in _OF_COST} | {"projector_from": train.projector_from}
     identity |= {key: values.get(key) for key in _ON_THE_WAY}
-    identity |= _measured(config, index) | {name: value for name, value in budget_of(config).items()}
+    identity |= {"validation_split": config.validation_split, "held-out data": index.fingerprint}
+    identity |= {"metrics": config.metrics, "max_new_tokens": config.max_new_tokens}
+    identity |= budget_of(config)
     return Variant(
         name=name,
         overrides=dict(overrides),
@@ -160,6 +194,7 @@ def _open(config: CompareConfig, name: str, overrides: Mapping[str, Any]) -> Var
         flops_per_sample=float(costs[data.mixture.all_rows].mean()),
         memory_bytes=memory.total,
         held_out=PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens),
+        rows=rows,
         identity=json.loads(to_json(identity)),
     )
 
@@ -183,22 +218,19 @@ def evaluate_options(config: CompareConfig, values: Mapping[str, Any], model: st
         values: the variant's recipe.
         model: its folder.
     """
-    held_out = _held_out(config)
-    shared = EvaluateConfig.model_fields.keys() & TrainConfig.model_fields.keys() & values.keys()
+    of_data = (SampleOptions.model_fields.keys() - {"cache_dir"}) | {"data_path"}  # `held_out` has them from the run
+    names = EvaluateConfig.model_fields.keys() - of_data
     own = {
         "model_name_or_path": model,
-        "data_path": held_out.path,
-        "image_folder": held_out.images,
-        "image_roots": held_out.image_roots,
-        "max_samples": held_out.max_samples,
+        "held_out": True,
         "max_new_tokens": config.max_new_tokens,
         "metrics": config.metrics,
     }
-    return build(EvaluateConfig, {name: values[name] for name in shared} | own, "compare")
+    return build(EvaluateConfig, {name: values[name] for name in names & values.keys()} | own, "compare")
 
 
 def _on_the_way(
-    config: CompareConfig, values: Mapping[str, Any], train: TrainConfig, held_out: SampleIndex
+    config: CompareConfig, values: Mapping[str, Any], train: TrainConfig, held_out: Sequence[Record]
 ) -> dict[str, Any]:
     """Return what a run measures of answers as it goes: the first metric that suits, unless the recipe says more.
 
@@ -207,25 +239,25 @@ def _on_the_way(
     """
     if "none" in config.metrics:
         return {"eval_generate_samples": 0}
-    references = [references_of(record) for record in records_as_cut(held_out)]
+    references = [references_of(record) for record in held_out]
     metrics = [name for name in chosen(config.metrics, references) if METRICS[name].of == "answer"][:1]
     metrics = values.get("eval_metrics", metrics)
     settings = settings_of_run(train, train.samples_per_step(), 1)
     is_whole = settings is None or stage_of(settings) < 3  # the model, of which ZeRO-3 leaves no process all
+    num_asked = config.eval_generate_samples if metrics and is_whole else 0
     return {
-        "eval_generate_samples": values.get("eval_generate_samples", _NUM_ASKED if metrics and is_whole else 0),
+        "eval_generate_samples": values.get("eval_generate_samples", num_asked),
         "eval_metrics": metrics or ["none"],
         "eval_max_new_tokens": values.get("eval_max_new_tokens", config.max_new_tokens),
     }
 
 
-def _held_out(config: CompareConfig) -> DataEntry:
-    """Return the held-out data, the same for all variants."""
-    entry = config.eval_entries[0]
-    bounds = [bound for bound in (entry.max_samples, config.max_eval_samples) if bound is not None]
-    return entry.model_copy(update={"max_samples": min(bounds, default=None)})
-
-
-def _measured(config: CompareConfig, held_out: SampleIndex) -> dict[str, Any]:
-    names = ("metrics", "max_new_tokens")
-    return {"held-out data": held_out.fingerprint} | {name: getattr(config, name) for name in names}
+def _held_out(config: CompareConfig) -> dict[str, Any]:
+    """Return what of a recipe says which records are held out: the same ones for all variants and seeds."""
+    if config.validation_split:
+        return {"validation_split": config.validation_split}
+    entries = config.eval_entries
+    if config.max_eval_samples is not None:
+        bounds = [bound for bound in (entries[0].max_samples, config.max_eval_samples) if bound is not None]
+        entries = [entries[0].model_copy(update={"max_samples": min(bounds)})]
+    return {"eval_data": [entry.model_dump(mode="json", exclude_defaults=True) for entry in entries]}

@@ -475,7 +475,7 @@ class TrainConfig(EngineOptions, DataOptions):
         evaluates = [
             name
             for name in ("eval_steps", "eval_generate_samples", "load_best_model_at_end", "early_stopping_patience")
-            if getattr(self, name)
+            if name in self.model_fields_set and getattr(self, name)
         ]
         if evaluates and not (self.eval_data_path or self.eval_data or self.validation_split):
             raise ValueError(f"{evaluates[0]} needs held-out data: give eval_data_path, eval_data or validation_split")
@@ -518,9 +518,16 @@ class CompareConfig(TrainConfig):
     """Use only the first so many held-out records."""
     metrics: list[MetricName] = ["auto"]
     """What is measured of generated answers, as in `evaluate`; the first one that suits also while a run goes on, of
-    `eval_generate_samples` records (32, unless given)."""
+    `eval_generate_samples` records."""
     max_new_tokens: PositiveInt = 32
     """Longest answer that is generated."""
+    # Options of `train` whose defaults are others here.
+    eval_steps: Changeable[NonNegativeInt] = 0
+    """Held-out loss every so many steps (0: about ten times a run)."""
+    eval_generate_samples: Changeable[NonNegativeInt] = 32
+    """With the held-out loss, answer so many held-out samples, the same each time, where a metric suits them."""
+    save_total_limit: Changeable[PositiveInt] = 1
+    """Newest checkpoints kept of each run."""
 
     @field_validator("variants")
     @classmethod
@@ -546,12 +553,15 @@ class CompareConfig(TrainConfig):
                 "give one of budget_samples, budget_minutes and budget_flops, which each run gets"
                 + (f"; found {' and '.join(budgets)}" if budgets else "")
             )
-        entries = self.eval_entries
-        if len(entries) != 1 or entries[0].columns or entries[0].split or entries[0].format != "auto":
+        if not self.eval_entries and not self.validation_split:
             raise ValueError(
-                "compare measures all runs on the same records, which none of them sees: give them as eval_data_path, "
-                "or as one entry of eval_data, without columns, format and split, which `evaluate` does not have (with "
-                "a recipe's validation_split, which depends on the seed, give --validation_split 0 too)"
+                "compare measures all runs on the same records, which none of them sees: give validation_split, "
+                "eval_data_path or eval_data"
+            )
+        if self.max_eval_samples is not None and len(self.eval_entries) != 1:
+            raise ValueError(
+                "max_eval_samples bounds one held-out data set: beside validation_split, say there how many are held "
+                "out; beside several data sets, give each its max_samples"
             )
         if self.stages:
             raise ValueError("compare trains one stage: name it with `stage`")
@@ -567,6 +577,9 @@ class EvaluateConfig(SampleOptions):
     """Folder of the model that the run started from, when it is no longer where it was."""
     data_path: Path | None = None
     """Same layouts as in `train`."""
+    held_out: bool = False
+    """Measure on what the run held out while it trained (its `validation_split`, `eval_data_path` or `eval_data`),
+    prepared as there, instead of `data_path`."""
     lmms: list[str] = []
     """Tasks of lmms-eval, which runs them on its own, beside `data_path` or alone: `pope`, `gqa`, ..."""
     lmms_python: Path | None = None
@@ -601,8 +614,14 @@ class EvaluateConfig(SampleOptions):
 
     @model_validator(mode="after")
     def _measures_something(self) -> "EvaluateConfig":
-        if self.data_path is None and not self.lmms:
-            raise ValueError("give data_path (samples to measure on), or lmms (tasks of lmms-eval)")
+        if self.data_path is None and not self.held_out and not self.lmms:
+            raise ValueError(
+                "give data_path (samples to measure on), or held_out (those that the run held out), or lmms (tasks of "
+                "lmms-eval)"
+            )
+        of_data = (SampleOptions.model_fields.keys() - {"cache_dir"}) | {"data_path"}
+        if self.held_out and (given := sorted(of_data & self.model_fields_set)):
+            raise ValueError(f"held_out takes the run's own data, prepared as there: leave {given[0]} out")
         if self.lmms and self.output_dir is None:
             raise ValueError("lmms needs output_dir, for what lmms-eval leaves")
         return self

@@ -96,7 +96,7 @@ def _open(config: DataCheckConfig, loaded: LoadedModel | None) -> tuple[SampleIn
     if config.eval_entries:
         held_out[index.starts[len(config.entries)] :] = True
     elif config.validation_split and len(index):
-        held_out[split_held_out(index, np.arange(len(index)), config.validation_split, config.seed)[1]] = True
+        held_out[split_held_out(index, np.arange(len(index)), config.validation_split)[1]] = True
     return index, held_out
 
 

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,26 @@ from llavaforge.answers.choices import Chooser, options_of, right_choice
 from llavaforge.answers.generate import Answerer, Question
 from llavaforge.answers.metrics import METRICS, References, chosen, interval, measure
 from llavaforge.answers.prefill import Prefill
-from llavaforge.checkpoint.trained import open_model
-from llavaforge.config.schema import DataEntry, EvaluateConfig
-from llavaforge.data.index.index import SampleIndex
+from llavaforge.checkpoint.identity import data_identity
+from llavaforge.checkpoint.state import load_run
+from llavaforge.checkpoint.trained import open_model, own_run
+from llavaforge.config.schema import DataEntry, EvaluateConfig, SampleOptions, TrainConfig
 from llavaforge.data.index.open import open_checked_index, sample_builder
-from llavaforge.data.index.prepare import records_of
+from llavaforge.data.index.records import records_of_rows
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.order.plan import MicroBatch, in_order
+from llavaforge.data.order.run_data import HeldOut, open_data, open_held_out
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
 from llavaforge.device import compute_dtype
-from llavaforge.errors import UserError
+from llavaforge.errors import UserError, reading
 from llavaforge.files import check_own, replace_text, to_json
 from llavaforge.inference.evaluation_page import evaluation_page
 from llavaforge.inference.lmms import check_lmms, run_lmms
+from llavaforge.model.load import LoadedModel
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import cast_parameters
+from llavaforge.model_folder.card import RUN
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
 from llavaforge.progress import Bar
@@ -63,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
     Returns:
         num_samples, loss (per supervised token), perplexity, exact_match (None when not measured), the other metrics
-        that were measured, intervals, and what was measured: model_name_or_path, data_path, blank_image.
+        that were measured, intervals, and what was measured: model_name_or_path, data_path, held_out, blank_image.
 
     Raises:
         UserError: the model or the data is at fault, or a metric does not suit the data.
@@ -75,13 +78,14 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             check_own(config.output_dir / name, own)
     if config.lmms:
         check_lmms(Path(config.model_name_or_path), config.lmms_python)
+    has_samples = config.held_out or config.data_path is not None
     with open_world(num_processes(), _TIMEOUT_S, needs_group=False) as world:
-        summary = _measure(config, world) if config.data_path is not None else _nothing(config)
+        summary = _measure(config, world) if has_samples else _nothing(config)
         if world.is_writer and config.lmms:
             gc.collect()
             torch.cuda.empty_cache()  # of our model, for theirs
             summary["lmms"] = _lmms(config)
-            if config.output_dir is not None and config.data_path is not None:
+            if config.output_dir is not None and has_samples:
                 _write_summary(config.output_dir, summary)  # once more, with theirs
         return world.broadcast_object(summary)
 
@@ -105,28 +109,27 @@ def _nothing(config: EvaluateConfig) -> EvaluateResult:
         "lmms": {},
         "intervals": {},
         "model_name_or_path": config.model_name_or_path,
+        "held_out": False,
         "data_path": None,
         "blank_image": config.blank_image,
     }
 
 
 def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
-    """Measure on `data_path`, write it down and return the summary."""
-    assert config.data_path is not None
+    """Measure on samples, write it down and return the summary."""
+    run = world.run_on_all(lambda: _run_of(config)) if config.held_out else None
+    if run is not None:
+        as_there = {name: getattr(run[0], name) for name in SampleOptions.model_fields}
+        config = config.model_copy(update=as_there)
     loaded = world.run_on_all(lambda: open_model(config.model_name_or_path, config.base_model))
     step_module = StepModule(loaded.model, loaded.preprocessing).eval()
     cast_parameters(step_module, compute_dtype(config.bf16))
     step_module.to(world.device)
-    entry = DataEntry(
-        path=config.data_path,
-        images=config.image_folder,
-        image_roots=config.image_roots,
-        max_samples=config.max_samples,
+    data = world.run_on_first_of_host(
+        lambda: _open_held_out(*run, loaded, config.max_samples) if run else _open_data(config, loaded)
     )
-    index = world.run_on_first_of_host(
-        lambda: open_checked_index([entry], loaded.processor, loaded.num_image_tokens, config)
-    )
-    records = records_as_cut(index)
+    index, rows = data.index, data.rows
+    records = records_of_rows(index, rows)
     dataset = PackDataset(
         index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens, config.blank_image
     )
@@ -141,15 +144,68 @@ def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
         _check_options(records)
         builder = sample_builder(loaded.processor, loaded.num_image_tokens, config)
         chooser = Chooser(loaded.model, builder)
-    mine = dict(_lines(config, step_module, dataset, records, answerer, chooser, world))
+    by_row = dict(zip(rows.tolist(), records, strict=True))
+    mine = dict(_lines(config, step_module, dataset, by_row, answerer, chooser, world))
     found: dict[int, dict[str, Any]] = {}
     for theirs in world.all_gather_objects(mine):
         found |= theirs
-    lines = [found[number] for number in range(len(records))]
+    lines = [found[row] for row in rows.tolist()]
     summary = _summary(config, lines, metrics, records, references)
+    summary["data_path"] = ", ".join(str(data_set.source.entry.path) for data_set in index.data_sets)
     if config.output_dir is not None and world.is_writer:
-        _write(config.output_dir, lines, summary, evaluation_page(dataset, lines, summary, metrics))
+        _write(config.output_dir, lines, summary, evaluation_page(dataset, rows, lines, summary, metrics))
     return summary
+
+
+def _open_data(config: EvaluateConfig, loaded: LoadedModel) -> HeldOut:
+    """Open all records of `data_path`."""
+    assert config.data_path is not None
+    entry = DataEntry(
+        path=config.data_path,
+        images=config.image_folder,
+        image_roots=config.image_roots,
+        max_samples=config.max_samples,
+    )
+    index = open_checked_index([entry], loaded.processor, loaded.num_image_tokens, config)
+    return HeldOut(index, np.arange(len(index)))
+
+
+def _run_of(config: EvaluateConfig) -> tuple[TrainConfig, list[Any]]:
+    """Return the options of a model's run, and what identifies its data.
+
+    Raises:
+        UserError: the model is no run's, or its run held nothing out.
+    """
+    folder = Path(config.model_name_or_path)
+    if not (folder / RUN).is_file():
+        raise UserError(f"{folder}: no run's folder (no {RUN}), so nothing says what was held out. Give --data_path.")
+    run = own_run(folder, load_run(folder))
+    with reading(folder / RUN, "Restore it, or give --data_path."):
+        train, of_data = TrainConfig.model_validate(run["config"]), run["identity"]["data"]
+    if not train.eval_entries and not train.validation_split:
+        raise UserError(f"{folder}: its run held nothing out. Give --data_path.")
+    return train.model_copy(update={"cache_dir": config.cache_dir}), of_data
+
+
+def _open_held_out(train: TrainConfig, of_data: list[Any], loaded: LoadedModel, most: int | None) -> HeldOut:
+    """Open what a run held out, or the first of it.
+
+    Raises:
+        UserError: it is at fault, or other than it was.
+    """
+    ids = loaded.processor, loaded.num_image_tokens
+    if train.eval_entries:
+        held_out: HeldOut | None = open_held_out(train, *ids, quiet=False)[0]
+    else:
+        data = open_data(train, *ids, quiet=False)
+        held_out = data.held_out
+        if data_identity(data.index, data.mixture) != of_data:
+            raise UserError(
+                f"{', '.join(str(entry.path) for entry in train.entries)}: has changed since the run, so that records "
+                "which it trained on might be among those held out now. Restore it, or give --data_path."
+            )
+    assert held_out is not None
+    return HeldOut(held_out.index, held_out.rows[:most])
 
 
 def references_of(record: Record) -> References:
@@ -167,33 +223,19 @@ def _check_options(records: Sequence[Record]) -> None:
             raise UserError(f"{where}: its answer {record.turns[-1].text!r:.80} is none of its options ({offered}).")
 
 
-def records_as_cut(index: SampleIndex) -> list[Record]:
-    """Return the records of a checked index without the turns, and their images, that did not fit `max_length`."""
-    records = records_of(index.data_sets[0].source)
-    columns = zip(records, index.column("num_turns_dropped"), index.num_images, strict=True)
-    return [
-        replace(
-            record,
-            turns=record.turns[: len(record.turns) - dropped],
-            images=record.images[:num_images],
-            answers=() if dropped else record.answers,  # they are about the last question
-        )
-        for record, dropped, num_images in columns
-    ]
-
-
 def _lines(
     config: EvaluateConfig,
     step_module: StepModule,
     dataset: PackDataset,
-    records: Sequence[Record],
+    records: Mapping[int, Record],
     answerer: Answerer | None,
     chooser: Chooser | None,
     world: World,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield this process's samples, by number: the longest first, so that those of a batch end together."""
-    longest_first = np.argsort(-dataset.index.lengths, kind="stable")
-    batches = in_order(dataset.index.lengths, longest_first, config.per_device_eval_batch_size, None)
+    """Yield this process's samples, by their rows: the longest first, so that those of a batch end together."""
+    lengths = dataset.index.lengths
+    longest_first = np.array(sorted(records, key=lambda row: -lengths[row]))
+    batches = in_order(lengths, longest_first, config.per_device_eval_batch_size, None)
     order = [MicroBatch(0, batch, True, 0) for batch in batches[world.rank :: world.size]]
     is_cuda = world.device.type == "cuda"
     with (
@@ -267,7 +309,8 @@ def _summary(
             name: list(ends) for name, ends in {"loss": interval(losses, num_supervised), **scores.intervals}.items()
         },
         "model_name_or_path": config.model_name_or_path,
-        "data_path": str(config.data_path),
+        "held_out": config.held_out,
+        "data_path": None,
         "blank_image": config.blank_image,
         **{name: value for name, value in values.items() if name != "exact_match"},  # type: ignore[typeddict-item]  # each under its own name
     }

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from llavaforge.data.load.loader import BadImage, PackDataset
 from llavaforge.report.page import render
 from llavaforge.report.pictures import thumbnail_url
@@ -22,12 +25,17 @@ class Card(NamedTuple):
 
 
 def evaluation_page(
-    dataset: PackDataset, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], metrics: Sequence[str]
+    dataset: PackDataset,
+    rows: npt.NDArray[np.int64],
+    lines: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    metrics: Sequence[str],
 ) -> str:
     """Return the page.
 
     Args:
-        dataset: that was measured, by the numbers of the lines.
+        dataset: that was measured.
+        rows: of its index, for each line.
         lines: of samples.jsonl.
         summary: of summary.json.
         metrics: that were measured; the first one tells which samples are the worst.
@@ -44,7 +52,7 @@ def evaluation_page(
         Path(__file__).parent / "evaluation.html.jinja",
         summary=summary,
         rows=[(name, f"{value:.4g}", _between(intervals.get(name))) for name, value in values.items()],
-        cards=[Card(lines[number], _pictures(dataset, number)) for number in worst],
+        cards=[Card(lines[number], _pictures(dataset, int(rows[number]))) for number in worst],
         by=metrics[0] if metrics else "loss",
         metrics=metrics,
     )
@@ -54,8 +62,8 @@ def _between(ends: Sequence[float] | None) -> str:
     return f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
 
 
-def _pictures(dataset: PackDataset, number: int) -> list[str]:
+def _pictures(dataset: PackDataset, row: int) -> list[str]:
     try:
-        return [thumbnail_url(pixels_CHW) for pixels_CHW in dataset.pixels(dataset.index.row(number))]
+        return [thumbnail_url(pixels_CHW) for pixels_CHW in dataset.pixels(dataset.index.row(row))]
     except BadImage:  # it was there a moment ago
         return []

@@ -90,18 +90,5 @@ class BadSamples:
             )  # fmt: skip
 
 
-def check_bound(name: str, faults: Sequence[Fault], bound: int) -> None:
-    """Check that a data set has no more faulty records than a run may leave out.
-
-    Raises:
-        UserError: it has.
-    """
-    if len(faults) > bound:
-        raise UserError(
-            f"{name}: {len(faults)} records are faulty, over max_bad_samples {bound}. The first of them: {faults[0]}\n"
-            "`llavaforge data check` names all of them."
-        )
-
-
 def _line(step: int, held_out: bool, fault: Fault) -> dict[str, Any]:
     return {"step": step, "held_out": held_out, **asdict(fault)}

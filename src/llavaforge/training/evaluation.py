@@ -2,8 +2,9 @@
 
 from llavaforge.data.faults import Fault
 from llavaforge.data.order.plan import deal_in_order, in_order
+from llavaforge.data.order.run_data import HeldOut
 from llavaforge.engine.base import Engine
-from llavaforge.training.opening import HeldOut, OpenedStage
+from llavaforge.training.opening import OpenedStage
 
 
 def held_out_loss(opened: OpenedStage, held_out: HeldOut, engine: Engine, step: int) -> tuple[float, list[Fault]]:

@@ -9,20 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from llavaforge.checkpoint.identity import describe_run
 from llavaforge.checkpoint.resume import batch_size_of_begun
-from llavaforge.config.schema import DataEntry, TrainConfig
-from llavaforge.data.faults import Fault
+from llavaforge.config.schema import TrainConfig
 from llavaforge.data.index.index import SampleIndex
-from llavaforge.data.index.open import open_index, refuse, refuse_missing
 from llavaforge.data.load.features import ImageFeatures
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.load.pack import Pack
-from llavaforge.data.order.mixture import Mixture, RowNumbers, deal, drop_quarantined
 from llavaforge.data.order.plan import MicroBatch, Plan, check_world, num_steps
+from llavaforge.data.order.run_data import OpenedData, open_data
 from llavaforge.engine.memory import Counts
 from llavaforge.errors import UserError
 from llavaforge.files import real_path
@@ -31,36 +28,12 @@ from llavaforge.model.load import LoadedModel, load_model
 from llavaforge.model.trainable import Group, parameter_groups
 from llavaforge.processes.workers import start_server
 from llavaforge.processes.world import World
-from llavaforge.training.bad_samples import check_bound
 from llavaforge.training.fitting import fitted
 from llavaforge.training.pack_memory import Sizes
 
 logger = logging.getLogger(__name__)
 
 _WAIT_SHARE = 0.8  # of `stuck_timeout_s`, for images: then what is done can be saved before the run is ended
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out data: an index and the rows of it that are evaluated."""
-
-    index: SampleIndex
-    rows: RowNumbers
-
-    @property
-    def identity(self) -> str:
-        """What tells it from other held-out data."""
-        return f"{self.index.fingerprint}, {len(self.rows)} rows"
-
-
-@dataclass(frozen=True)
-class OpenedData:
-    """The training samples, what of them an epoch holds, what is held out, and the records that are left out."""
-
-    index: SampleIndex
-    mixture: Mixture
-    held_out: HeldOut | None
-    left_out: list[Fault]
 
 
 @dataclass(frozen=True)
@@ -128,7 +101,8 @@ def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedSta
         world.fail(UserError(f"{config.output_dir}: lies inside the model's folder. Give an output_dir outside of it."))
     flops = FlopCounter.of(loaded.model, loaded.num_image_tokens)
     world.at("opening the data")
-    data = world.run_on_first_of_host(lambda: open_data(config, loaded, quiet=not world.is_writer))
+    quiet = not world.is_writer
+    data = world.run_on_first_of_host(lambda: open_data(config, loaded.processor, loaded.num_image_tokens, quiet))
     if len(config.entries) > 1:
         console.print(data.mixture.table(config.entries, data.index.num_supervised))
     config = fitted(config, loaded, Sizes.of(data.index, data.mixture), world)
@@ -151,47 +125,3 @@ def _plan(config: TrainConfig, data: OpenedData, flops: FlopCounter, world: Worl
             "work per step over %d processes: the busiest has %.1f %% more than the mean", world.size, 100 * more
         )
     return plan
-
-
-def open_data(config: TrainConfig, loaded: LoadedModel, quiet: bool) -> OpenedData:
-    """Open the data of a run, preparing what is not in the cache.
-
-    Raises:
-        UserError: records are faulty (more than `max_bad_samples` under `on_bad_sample: skip`), none has an image, or
-        nothing is left to train on or to hold out.
-    """
-    index, rows, left_out = _sound(config, config.entries, loaded, quiet)
-    if not index.num_images.any():
-        raise UserError(
-            f"{index.data_sets[0].source.name}: no record has an image, so the projector would learn nothing. "
-            "Add image-text data."
-        )
-    mixture, kept = deal(config, index, rows)
-    held_out = HeldOut(index, kept) if len(kept) else None
-    if config.eval_entries:
-        other, other_rows, more = _sound(config, config.eval_entries, loaded, quiet)
-        for entry, mine in zip(config.eval_entries, other_rows, strict=True):
-            if not len(mine):
-                raise UserError(f"{entry.path}: no sound record is left to evaluate on.")
-        held_out, left_out = HeldOut(other, np.concatenate(other_rows)), left_out + more
-    return OpenedData(index, mixture, held_out, left_out)
-
-
-def _sound(
-    config: TrainConfig, entries: Sequence[DataEntry], loaded: LoadedModel, quiet: bool
-) -> tuple[SampleIndex, list[RowNumbers], list[Fault]]:
-    """Return an index, the rows of each data set that may be used, and the faults of the others."""
-    index = open_index(entries, loaded.processor, loaded.num_image_tokens, config, quiet)
-    rows, faults = drop_quarantined(index, config.quarantine)
-    if config.quarantine is not None and not quiet:
-        num_left_out = index.num_records
-        num_left_out -= sum(map(len, rows)) + sum(map(len, faults))
-        told = "%s leaves out %d records" + ("" if num_left_out else ": what it lists is of other data than this")
-        logger.log(logging.INFO if num_left_out else logging.WARNING, told, config.quarantine, num_left_out)
-    for data_set, mine in zip(index.data_sets, faults, strict=True):
-        if config.on_bad_sample == "stop":
-            refuse(mine, data_set.num_records, data_set.source.name)
-            refuse_missing(data_set)
-    left_out = [fault for mine in faults for fault in mine]
-    check_bound(" and ".join(data_set.source.name for data_set in index.data_sets), left_out, config.max_bad_samples)
-    return index, rows, left_out

@@ -14,17 +14,18 @@ import torch
 
 from llavaforge.answers.generate import Answerer
 from llavaforge.answers.metrics import References, chosen, measure
-from llavaforge.data.index.index import Row, SampleIndex
+from llavaforge.data.index.index import Row
 from llavaforge.data.index.open import sample_builder
-from llavaforge.data.index.prepare import digest_of, records_of
+from llavaforge.data.index.records import records_of_rows
 from llavaforge.data.load.loader import BadImage
+from llavaforge.data.order.run_data import HeldOut
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER, Turn
 from llavaforge.data.text.template import ChatTemplate
 from llavaforge.errors import is_out_of_memory
 from llavaforge.files import append_line, read_json_lines, replace_text, to_json
 from llavaforge.processes.world import World
 from llavaforge.report.pictures import thumbnail_url
-from llavaforge.training.opening import HeldOut, OpenedStage
+from llavaforge.training.opening import OpenedStage
 
 ANSWERS = "eval_answers.jsonl"
 _BATCH = 16
@@ -61,8 +62,10 @@ class SampleAnswers:
         numbers = [int(held_out.rows[int(place)]) for place in places]
         builder = sample_builder(opened.loaded.processor, opened.loaded.num_image_tokens, config)
         self._asked = [_asked(number, held_out.index.row(number), builder.chat) for number in numbers]
-        several = _answers_of_several(held_out.index) if "vqa" in config.eval_metrics else {}
-        self._references: list[References] = [several.get(one.number) or (one.reference,) for one in self._asked]
+        self._references: list[References] = [(one.reference,) for one in self._asked]
+        if "vqa" in config.eval_metrics:
+            records = records_of_rows(held_out.index, numbers)
+            self._references = [record.answers or own for record, own in zip(records, self._references, strict=True)]
         self._metrics = chosen(config.eval_metrics, self._references)
         self._answerer = Answerer(opened.loaded, config, config.eval_max_new_tokens)
         self._batch = min(_BATCH, config.max_samples_per_batch)  # so that the peak of memory stays that of training
@@ -145,14 +148,6 @@ def _asked(number: int, row: Row, chat: ChatTemplate) -> Asked:
     reference = decode(row.ids[begin:end], skip_special_tokens=True).strip()
     question = _question(decode(row.ids[before:begin], skip_special_tokens=False), chat)
     return Asked(number, row, row.ids[:begin].tolist(), question, reference)
-
-
-def _answers_of_several(index: SampleIndex) -> dict[int, References]:
-    """Return what several people answered of every row, where no turn of it is cut: they are about the last one."""
-    records = (record for data_set in index.data_sets for record in records_of(data_set.source))
-    answers = {digest_of(record): record.answers for record in records if record.answers}
-    rows = enumerate(zip(index.column("digest").tolist(), index.column("num_turns_dropped"), strict=True))
-    return {number: answers[digest] for number, (digest, dropped) in rows if not dropped and digest in answers}
 
 
 def _question(prompt: str, chat: ChatTemplate) -> str:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from llavaforge.data.faults import Fault, RecordError
+from llavaforge.data.faults import Fault, RecordError, describe_record
 from llavaforge.data.index.fingerprint import fingerprint_of
 from llavaforge.data.index.schema import SCHEMA
 from llavaforge.data.index.sums import is_sound, sums_of, write_sums
@@ -35,7 +35,7 @@ from llavaforge.data.storage import columns
 from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.data.storage.image_store import ImageStore
 from llavaforge.data.text.sample import Sample, SampleBuilder
-from llavaforge.errors import naming
+from llavaforge.errors import UserError, naming
 from llavaforge.files import sync_path
 from llavaforge.folders import remove_leftovers
 from llavaforge.processes import workers
@@ -102,6 +102,23 @@ def records_of(source: Source) -> Iterator[Record]:
         for raw in chunk.raws:
             with contextlib.suppress(RecordError):
                 yield worker.record(parse_raw(raw))
+
+
+def records_at(source: Source, places: Collection[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Record]]:
+    """Yield the records at (number of the file, row), which are sound, each with its place.
+
+    Raises:
+        UserError: one has changed since.
+    """
+    worker = _Worker(None, source)
+    for chunk in _limited(source):
+        for row, raw in zip(chunk.rows, chunk.raws, strict=True):
+            if (place := (chunk.file, row)) in places:
+                try:
+                    yield place, worker.record(parse_raw(raw))
+                except RecordError as error:
+                    where = describe_record(source.file_names[chunk.file], row, id_of(parse_raw(raw)))
+                    raise UserError(f"{where}: {error}, now; it was sound a moment ago.") from None
 
 
 def _is_current(path: Path, images: ImageStore) -> bool:
@@ -279,14 +296,14 @@ def _arrow(file: int, samples: list[tuple[int, Record, Sample]]) -> pa.RecordBat
             "num_literals": record.num_literals,
             "num_special_tokens": sample.num_special_tokens,
             "has_boxes": any(_BOXES.search(turn.text) for turn in record.turns),
-            "digest": digest_of(record),
+            "digest": _digest(record),
         }
         for row, record, sample in samples
     ]
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
-def digest_of(record: Record) -> int:
+def _digest(record: Record) -> int:
     """Return 64 bits of a record's contents, its id aside: equal for exact duplicates."""
     contents = repr(([image[:4] for image in record.images], [tuple(turn) for turn in record.turns]))
     digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8)

@@ -23,6 +23,7 @@ from llavaforge.errors import UserError, reason
 
 RowNumbers = npt.NDArray[np.int64]
 
+_SPLIT_SEED = 42  # of what is held out: runs of all seeds hold out the same, so that their losses can be compared
 _MOST_SAMPLES = 1_000_000_000  # of an epoch: their order is held in memory, 8 bytes each
 
 
@@ -93,7 +94,7 @@ def deal(options: DataOptions, index: SampleIndex, rows: Sequence[RowNumbers]) -
     """
     if not options.validation_split:
         return mix(options.entries, rows, options.seed), np.zeros(0, dtype=np.int64)
-    train, held_out = split_held_out(index, np.concatenate(rows), options.validation_split, options.seed)
+    train, held_out = split_held_out(index, np.concatenate(rows), options.validation_split)
     kept = [np.intersect1d(mine, train, assume_unique=True) for mine in rows]
     return mix(options.entries, kept, options.seed), held_out
 
@@ -127,14 +128,13 @@ def mix(entries: Sequence[DataEntry], rows: Sequence[RowNumbers], seed: int) -> 
     return Mixture(rows, draws, seed)
 
 
-def split_held_out(index: SampleIndex, rows: RowNumbers, amount: float, seed: int) -> tuple[RowNumbers, RowNumbers]:
+def split_held_out(index: SampleIndex, rows: RowNumbers, amount: float) -> tuple[RowNumbers, RowNumbers]:
     """Hold out records, whole images at a time: no image is both trained on and held out.
 
     Args:
         index: all data.
         rows: what there is to divide.
         amount: a share (below 1), or a number of records; where images repeat, as many as whole images give.
-        seed: of the choice.
 
     Returns:
         The rows to train on, and those held out.
@@ -149,7 +149,7 @@ def split_held_out(index: SampleIndex, rows: RowNumbers, amount: float, seed: in
             "give another --validation_split."
         )
     group = _groups(index)[rows]
-    order, sizes = np.random.default_rng(seed).permutation(group), np.bincount(group)
+    order, sizes = np.random.default_rng(_SPLIT_SEED).permutation(group), np.bincount(group)
     _, first = np.unique(order, return_index=True)
     chosen = np.zeros(len(sizes), dtype=bool)
     left = wanted

@@ -88,7 +88,8 @@ def _page(models: Models, samples: Sequence[HeldOut]) -> Any:
         handlers = _Handlers(models, samples)
         outputs = [*chats, question, ask, stop, clear]
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        gr.on([ask.click, question.submit], handlers.ask, [image, question], outputs, **private)
+        # Pages do not wait for each other here, where nothing would show it, but for the models (`Models`).
+        gr.on([ask.click, question.submit], handlers.ask, [image, question], outputs, concurrency_limit=None, **private)
         at_once = {**private, "queue": False}
         stop.click(handlers.stop, None, None, **at_once)
         clear.click(handlers.clear, None, [*chats, image, question, reference], **at_once)
@@ -140,13 +141,14 @@ class _Handlers:
         try:
             session.show(Path(image).read_bytes() if image else None)
             chats = [[*_messages(one), _message("user", question)] for one in session.conversations]
-            yield [*chats, "", *_buttons(is_answering=True)]
+            update = [*chats, "", *_buttons(is_answering=True)]
             for number, chat in enumerate(chats):
                 if session.stop.is_set():
                     break
                 for text in self._models.answer(session, number, question):
-                    shown = [*chat, _message("assistant", text)]
-                    yield [shown if n == number else gr.skip() for n in range(len(chats))] + [gr.skip()] * 4
+                    update[number] = [*chat, _message("assistant", text)] if text else chat
+                    yield update
+                    update = [gr.skip()] * len(update)
                     time.sleep(_SHORTEST_PAUSE_S)
         except Exception as error:
             failed = error

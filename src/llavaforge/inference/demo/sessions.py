@@ -6,11 +6,14 @@ Comes in: image files and questions. Goes out: answers as they are made.
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from llavaforge.answers.generate import Answerer
 from llavaforge.inference.conversation import Conversation
+
+_PATIENCE_S = 0.1  # how long the first words are waited for
 
 
 @dataclass
@@ -84,6 +87,9 @@ class Models:
     def answer(self, session: Session, number: int, question: str) -> Iterator[str]:
         """Yield a model's answer as far as it is made, longer each time, and last of all whole.
 
+        What is yielded first is empty where nothing is made yet after a moment. (A page shows the question and the
+        first words in one update if it can, since an update costs it as much as a small model's first token.)
+
         Args:
             session: `session.stop` ends the answer; what was made by then is remembered as the answer.
             number: of the model.
@@ -95,7 +101,10 @@ class Models:
         made.add_done_callback(lambda _: pieces.put(None))
         text = ""
         try:
-            while (piece := pieces.get()) is not None:
+            with suppress(Empty):
+                text = pieces.get(timeout=_PATIENCE_S) or ""
+            yield text
+            while not made.done() and (piece := pieces.get()) is not None:
                 text += piece
                 if pieces.empty():
                     yield text
