@@ -34,7 +34,7 @@ def test_options_that_others_names_lead_to_are_there() -> None:
     text = (ROOT / "docs" / "coming-from.md").read_text()
     known = {field for verb in VERBS.values() for field in getattr(schema, verb.schema).model_fields}
     ours = [row.split("|")[2] for row in text.splitlines() if row.startswith("| ") and "|---" not in row]
-    named = {name for cell in ours for name in re.findall(r"--([a-z_]+)|`([a-z_]+):", cell) for name in name if name}
+    named = {name for cell in ours for name in re.findall(r"--([a-z0-9_]+)|`([a-z_]+):", cell) for name in name if name}
     assert len(named) > 10 and named <= known, named - known
 
 

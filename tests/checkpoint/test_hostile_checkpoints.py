@@ -88,6 +88,7 @@ def test_a_checkpoint_that_something_else_wrote_is_opened_or_refused_by_name(
         ({"lora": {"r": "4", "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj"]}}, "lora.r: Input should be"),
         ({"train_type": "use_lora"}, "train_type use_lora and lora do not go together"),
         ({"base_model": 5}, "base_model: Input should be a valid string, found 5"),
+        ({"num_steps": ""}, "num_steps: Input should be a valid integer"),
     ],
 )
 def test_what_a_run_says_of_itself_is_read_strictly_and_told_in_a_line(

@@ -63,6 +63,7 @@ class _Run(_Strict):
     identity: _Identity
     lora: _Lora | None = None
     data: list[dict[str, Any]] = []
+    num_steps: PositiveInt | None = None
     result: _Result | None = None
 
     @model_validator(mode="after")
