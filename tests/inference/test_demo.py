@@ -249,7 +249,9 @@ def test_an_answer_appears_as_it_is_made_until_it_is_stopped(tiny_llava: Path, c
     from llavaforge.inference.demo.page import serving
 
     torch.manual_seed(0)  # sampled words have spaces between them
-    endless = Models(["endless", "next"], [answerer_of(tiny_llava, 1_000_000, temperature=1.0)] * 2)
+    answerer = answerer_of(tiny_llava, 1_000_000, temperature=1.0)
+    answerer._settings["min_new_tokens"] = 1_000_000  # however slow the page is
+    endless = Models(["endless", "next"], [answerer] * 2)
     config = DemoConfig(model_name_or_path="", port=free_port())
     with endless, serving(endless, [], config) as address, opened(chromium, address) as page:
         for num_answers in (1, 2):
