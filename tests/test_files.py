@@ -11,7 +11,7 @@ import pytest
 
 from llavaforge.cli import main
 from llavaforge.files import append_line, read_json_lines, replace_text, to_json
-from llavaforge.folders import set_aside
+from llavaforge.folders import publishing, set_aside
 
 PRECIOUS = "precious\n"
 Arguments = Callable[[Path, Path, Path], list[str]]
@@ -208,3 +208,12 @@ def test_control_characters_of_other_peoples_texts_do_not_reach_the_terminal(
         out, err = capfd.readouterr()
         for text in (out, err):
             assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text, arguments
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="where nothing can be written, not even by root")
+def test_a_place_that_cannot_be_written_is_named_as_the_user_named_it() -> None:
+    """(Not by the temporary name under which it would have been written.)"""
+    with pytest.raises(OSError, match=r"'/proc/here.txt'$"):
+        replace_text(Path("/proc/here.txt"), "x")
+    with pytest.raises(OSError, match=r"'/proc/here'$"), publishing(Path("/proc/here")):
+        pass

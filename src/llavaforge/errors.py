@@ -5,7 +5,6 @@
 
 import errno
 import os
-import re
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,34 +55,14 @@ _REMEDIES = {
     errno.EPERM: "Change the permissions, or name another.",
     errno.EIO: "The disk or the network drive fails: look at the system's log, and try again.",
     errno.ESTALE: "The network drive was mounted anew: try again.",
-    errno.ENOENT: "Check the name.",
+    errno.ENOENT: "Check the name, and that its folder has not been moved or deleted.",
     errno.ENOTDIR: "A file is where a folder is needed: check the name.",
     errno.EISDIR: "A folder is where a file is needed: check the name.",
     errno.ENAMETOOLONG: "Give a shorter name.",
     errno.ELOOP: "A link points to itself.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
 }
-# How Rust's libraries (safetensors, tokenizers) and Arrow print an errno.
-_NUMBER = re.compile(r"(?:\(os error |\[[Ee]rrno )(\d+)")
 _LONGEST_REASON = 300  # characters of others' messages
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give a system's error the name of what was being written or read, which a full disk's lacks.
-
-    Raises:
-        OSError: with `path` as its file name.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        number = (error.errno if isinstance(error, OSError) else None) or _system_number(error)
-        if number is None or getattr(error, "filename", None) is not None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager
@@ -133,8 +112,3 @@ def as_user_error(error: OSError) -> UserError | None:
         return None
     remedy = _REMEDIES.get(error.errno or 0, "Check the file and its folder.")
     return UserError(f"{path}: {error.strerror or type(error).__name__}. {remedy}")
-
-
-def _system_number(error: Exception) -> int | None:
-    match = _NUMBER.search(str(error))
-    return int(match[1]) if match else None

@@ -10,18 +10,43 @@ import math
 import os
 import re
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llavaforge.errors import UserError, naming
+from llavaforge.errors import UserError
 
 PREFIX = ".llavaforge"  # of temporary names, before the machine, the process and what they are; and of locks
 NEW = "new"
 _SUM_DIGITS = 64
 
+# How Rust's libraries (safetensors, tokenizers) and Arrow print an errno.
+_NUMBER = re.compile(r"(?:\(os error |\[[Ee]rrno )(\d+)")
+
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give a system's error the name of what was being written or read.
+
+    A full disk's lacks one; others' may be of a temporary file, of which the user knows nothing.
+
+    Raises:
+        OSError: with `path` as its file name.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = (error.errno if isinstance(error, OSError) else None) or _system_number(error)
+        named = getattr(error, "filename", None)
+        if number is None or (named is not None and not _is_temporary(Path(os.fsdecode(named)))):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def check_own(path: Path, own: str) -> None:
@@ -181,3 +206,12 @@ def machine() -> str:
     except OSError:  # not Linux
         space = 0
     return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def _is_temporary(path: Path) -> bool:
+    return any(part.startswith(PREFIX) for part in path.parts)
+
+
+def _system_number(error: Exception) -> int | None:
+    match = _NUMBER.search(str(error))
+    return int(match[1]) if match else None

@@ -23,13 +23,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from llavaforge.errors import naming
 from llavaforge.files import (
     NEW,
     PREFIX,
     cache_dir,
     is_inside,
     machine,
+    naming,
     real_path,
     remembered_sha256,
     sha256,
@@ -62,7 +62,8 @@ def publishing(
     destination.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(destination.parent, destination.name)
     temporary = temporary_path(destination, NEW)
-    temporary.mkdir()
+    with naming(destination):
+        temporary.mkdir()
     try:
         with naming(destination):
             yield temporary

@@ -26,8 +26,8 @@ import torch
 
 from llavaforge.checkpoint.state import LATEST, PREFIX, STEM, TRAIN_STATE, steps_of
 from llavaforge.engine.base import Engine
-from llavaforge.errors import EndedElsewhere, naming
-from llavaforge.files import replace_text, to_json
+from llavaforge.errors import EndedElsewhere
+from llavaforge.files import naming, replace_text, to_json
 from llavaforge.folders import not_published, publishing
 from llavaforge.model_folder.card import RUN
 from llavaforge.model_folder.tensors import in_shards, name_shards

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from llavaforge.config.schema import ChatConfig
-from llavaforge.errors import UserError, naming
+from llavaforge.errors import UserError
+from llavaforge.files import naming
 from llavaforge.inference.conversation import Conversation, open_answerer
 from llavaforge.report.glyphs import visible
 

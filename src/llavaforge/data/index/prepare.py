@@ -35,8 +35,8 @@ from llavaforge.data.storage import columns
 from llavaforge.data.storage.image_ref import ImageRef
 from llavaforge.data.storage.image_store import ImageStore
 from llavaforge.data.text.sample import Sample, SampleBuilder
-from llavaforge.errors import UserError, naming
-from llavaforge.files import sync_path
+from llavaforge.errors import UserError
+from llavaforge.files import naming, sync_path
 from llavaforge.folders import remove_leftovers
 from llavaforge.processes import workers
 from llavaforge.progress import Bar

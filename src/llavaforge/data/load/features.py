@@ -30,7 +30,7 @@ import torch
 
 from llavaforge.data.index.index import DataSetIndex, SampleIndex
 from llavaforge.data.storage import archives
-from llavaforge.errors import naming
+from llavaforge.files import naming
 
 _SUM_BYTES = 8
 
