@@ -90,6 +90,9 @@ def test_nothing_that_was_trained_on_is_taken_for_held_out(tiny_llava: Path, sha
     data.write_text(json.dumps(rows[1:]))
     with pytest.raises(UserError, match="has changed since the run, so that records which it trained on"):
         evaluate(held_out)
+    data.unlink()
+    with pytest.raises(UserError, match=r"held_out: .*no such file .*in which the run was started"):
+        evaluate(held_out)
     with pytest.raises(UserError, match="no run's folder"):
         evaluate(EvaluateConfig(model_name_or_path=str(tiny_llava), held_out=True))
     for own in ({"data_path": data}, {"prompt_style": "plain"}, {"image_folder": images}):

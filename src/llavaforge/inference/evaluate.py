@@ -194,16 +194,22 @@ def _open_held_out(train: TrainConfig, of_data: list[Any], loaded: LoadedModel, 
         UserError: it is at fault, or other than it was.
     """
     ids = loaded.processor, loaded.num_image_tokens
-    if train.eval_entries:
-        held_out: HeldOut | None = open_held_out(train, *ids, quiet=False)[0]
-    else:
-        data = open_data(train, *ids, quiet=False)
-        held_out = data.held_out
-        if data_identity(data.index, data.mixture) != of_data:
-            raise UserError(
-                f"{', '.join(str(entry.path) for entry in train.entries)}: has changed since the run, so that records "
-                "which it trained on might be among those held out now. Restore it, or give --data_path."
-            )
+    try:
+        if train.eval_entries:
+            held_out: HeldOut | None = open_held_out(train, *ids, quiet=False)[0]
+        else:
+            data = open_data(train, *ids, quiet=False)
+            held_out = data.held_out
+            if data_identity(data.index, data.mixture) != of_data:
+                raise UserError(
+                    f"{', '.join(str(entry.path) for entry in train.entries)}: has changed since the run, so that "
+                    "records which it trained on might be among those held out now. Restore it."
+                )
+    except UserError as error:
+        raise UserError(
+            f"held_out: {error} (The data is looked for as the run's recipe named it, from the folder in which you are "
+            "now. Go to the folder in which the run was started, or give --data_path instead.)"
+        ) from None
     assert held_out is not None
     return HeldOut(held_out.index, held_out.rows[:most])
 
