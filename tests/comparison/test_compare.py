@@ -206,7 +206,7 @@ def test_a_changed_recipe_is_refused(whole: Path, recipe: Recipe, capsys: pytest
     told = capsys.readouterr().err
     assert "`projector` was begun with another recipe" in told and "\n  seed" not in told
     assert "learning_rate: 0.01 there, 0.02 now" in told and "budget_samples: 14 there, 20 now" in told
-    assert "validation_split: 8.0 there, 4.0 now" in told and "metrics: ['auto'] there, ['none'] now" in told
+    assert "held-out records: " in told and "metrics: ['auto'] there, ['none'] now" in told
     assert figures(whole) == before
 
 

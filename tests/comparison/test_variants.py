@@ -89,7 +89,7 @@ def test_held_out_data_may_be_an_entry_with_its_own_bound(tiny_llava: Path, shap
     for most, expected in ((None, 7), (5, 5), (9, 7)):
         words = write(tmp_path, tiny_llava, shapes, eval_data_path=None, eval_data=[entry], max_eval_samples=most)
         opened, _ = open_variants(config_of(words))
-        assert [len(one.rows) for one in opened] == [expected] * 2
+        assert [len(one.held_out.rows) for one in opened] == [expected] * 2
 
 
 def test_held_out_data_may_be_several_data_sets_or_a_split(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_held_out_data_may_be_several_data_sets_or_a_split(tiny_llava: Path, sha
         {"path": str(heldout / "chat.json"), "max_samples": 4, "format": "llava"},
     ]
     words = write(tmp_path, tiny_llava, shapes, eval_data_path=None, eval_data=entries)
-    assert [len(one.rows) for one in open_variants(config_of(words))[0]] == [7, 7]
+    assert [len(one.held_out.rows) for one in open_variants(config_of(words))[0]] == [7, 7]
     words = write(tmp_path, tiny_llava, shapes, eval_data_path=None, validation_split=6)
     config = config_of(words)
     one, other = open_variants(config)[0]
-    assert one.rows.tolist() == other.rows.tolist() and len(one.rows) == 6
+    assert one.held_out.records == other.held_out.records and len(one.held_out.rows) == 6
     assert one.values["validation_split"] == 6 and "eval_data" not in one.values
     assert evaluate_options(config, one.values | {"max_length": 99}, "model").held_out  # prepared as the run says
 

@@ -4,6 +4,7 @@ With LLAVAFORGE_QUICKSTART=FOLDER (of `llavaforge quickstart`) its models are sh
 """
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -244,13 +245,16 @@ def test_a_mistake_is_told_and_does_not_end_the_page(demo: Demo, page: Page) -> 
     assert len(page.ask("What is this?")) == 2
 
 
-def test_an_answer_appears_as_it_is_made_until_it_is_stopped(tiny_llava: Path, chromium: Any) -> None:
+def test_an_answer_appears_as_it_is_made_until_it_is_stopped(tiny_llava: Path, chromium: Any, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="needs gradio: make test-demo")
     from llavaforge.inference.demo.page import serving
 
     torch.manual_seed(0)  # sampled words have spaces between them
-    answerer = answerer_of(tiny_llava, 1_000_000, temperature=1.0)
-    answerer._settings["min_new_tokens"] = 1_000_000  # however slow the page is
+    model = shutil.copytree(tiny_llava, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    settings["min_new_tokens"] = 1_000_000  # however slow the page is
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    answerer = answerer_of(model, 1_000_000, temperature=1.0)
     endless = Models(["endless", "next"], [answerer] * 2)
     config = DemoConfig(model_name_or_path="", port=free_port())
     with endless, serving(endless, [], config) as address, opened(chromium, address) as page:

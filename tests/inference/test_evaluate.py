@@ -1,6 +1,7 @@
 """Evaluation measures what training measures, and answers see what training saw."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,34 +71,50 @@ def test_what_a_run_held_out_is_measured_as_it_was_there(
         assert evaluate(config_of_it.model_copy(update={"max_samples": 4}))["num_samples"] == 4
 
 
-def test_nothing_that_was_trained_on_is_taken_for_held_out(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
+def test_nothing_else_is_taken_for_what_a_run_held_out(tiny_llava: Path, shapes: Path, tmp_path: Path) -> None:
     rows = json.loads((shapes / "train" / "questions.json").read_text())[:30]
-    data = tmp_path / "questions.json"
+    data, held_out = tmp_path / "questions.json", tmp_path / "held-out.json"
     data.write_text(json.dumps(rows))
-    images = shapes / "train" / "images"
+    held_out.write_text(json.dumps(rows[:4]))
 
-    def of(name: str, **options: Any) -> EvaluateConfig:
-        config = train_config(tiny_llava, data, tmp_path / name, image_folder=images, max_steps=1, **options)
-        train(config)
-        return EvaluateConfig(
-            model_name_or_path=str(tmp_path / name / "final"), held_out=True, cache_dir=config.cache_dir
-        )
+    def run(name: str, **options: Any) -> EvaluateConfig:
+        images = shapes / "train" / "images"
+        values = {"image_folder": images, "max_steps": 2, "save_steps": 1} | options
+        train(train_config(tiny_llava, data, tmp_path / name, **values))
+        return of(tmp_path / name / "final")
+
+    def of(folder: Path) -> EvaluateConfig:
+        return EvaluateConfig(model_name_or_path=str(folder), held_out=True, bf16=False, dataloader_num_workers=0)
 
     with pytest.raises(UserError, match="held nothing out"):
-        evaluate(of("none"))
-    held_out = of("split", validation_split=6)
-    assert evaluate(held_out)["num_samples"] == 6
-    data.write_text(json.dumps(rows[1:]))
-    with pytest.raises(UserError, match="has changed since the run, so that records which it trained on"):
-        evaluate(held_out)
-    data.unlink()
-    with pytest.raises(UserError, match=r"held_out: .*no such file .*in which the run was started"):
-        evaluate(held_out)
+        evaluate(run("none"))
     with pytest.raises(UserError, match="no run's folder"):
-        evaluate(EvaluateConfig(model_name_or_path=str(tiny_llava), held_out=True))
-    for own in ({"data_path": data}, {"prompt_style": "plain"}, {"image_folder": images}):
+        evaluate(of(tiny_llava))
+    for own in ({"data_path": data}, {"prompt_style": "plain"}, {"image_folder": data}):
         with pytest.raises(ValueError, match=f"leave {next(iter(own))} out"):
             EvaluateConfig(model_name_or_path="m", held_out=True, **own)
+    split, other = run("split", validation_split=6), run("other", validation_split=8)
+    assert (evaluate(split)["num_samples"], evaluate(other)["num_samples"]) == (6, 8)
+    beside = tmp_path / "other" / "of-split"
+    shutil.copytree(tmp_path / "split" / "final", beside)
+    with pytest.raises(UserError, match="others are held out now"):
+        evaluate(of(beside))  # in the folder of another run, whose data is another
+    entry = run("entry", eval_data_path=held_out)
+    assert evaluate(entry)["num_samples"] == 4
+    held_out.write_text(json.dumps(rows[4:8]))
+    with pytest.raises(UserError, match=r"held-out.json, or the quarantine, is not what it was in the run"):
+        evaluate(entry)
+    data.write_text(json.dumps(rows[1:]))
+    with pytest.raises(UserError, match=r"questions.json, or the quarantine, is not what it was in the run"):
+        evaluate(split)
+    changed = run("split", validation_split=6, max_steps=3, allow_changes=["data"])
+    with pytest.raises(UserError, match="may have trained on some of the records"):
+        evaluate(changed)
+    with pytest.raises(UserError, match="others are held out now"):
+        evaluate(of(tmp_path / "split" / "checkpoint-2"))
+    data.unlink()
+    with pytest.raises(UserError, match=r"held_out: .*no such file .*in which the run was started"):
+        evaluate(other)
 
 
 def test_loss_of_each_sample_is_its_own(loaded_llava: LoadedModel, shapes: Path, tmp_path: Path) -> None:

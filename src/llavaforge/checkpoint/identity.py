@@ -16,9 +16,9 @@ import numpy as np
 
 from llavaforge.config.load import nearest
 from llavaforge.config.schema import TrainConfig, identifying
-from llavaforge.data.index.index import SampleIndex
-from llavaforge.data.order.mixture import Mixture, RowNumbers
+from llavaforge.data.order.mixture import RowNumbers
 from llavaforge.data.order.plan import Plan
+from llavaforge.data.order.run_data import OpenedData
 from llavaforge.errors import UserError
 from llavaforge.folders import fingerprint
 from llavaforge.model.load import LoadedModel
@@ -28,16 +28,13 @@ from llavaforge.version import __version__
 logger = logging.getLogger(__name__)
 
 
-def describe_run(
-    config: TrainConfig, loaded: LoadedModel, index: SampleIndex, mixture: Mixture, plan: Plan
-) -> dict[str, Any]:
+def describe_run(config: TrainConfig, loaded: LoadedModel, data: OpenedData, plan: Plan) -> dict[str, Any]:
     """Return what stands in every `run.json`: what identifies the run, and what a reader of its folders needs.
 
     Args:
         config: the run's options; `config.schema.Changeable` marks those that do not identify it.
         loaded: the model it starts from.
-        index: all its data.
-        mixture: what of it an epoch holds.
+        data: what it is trained on, and what is held out.
         plan: its order, and the number of steps.
     """
     values, lora = config.model_dump(mode="json"), lora_options(config)
@@ -45,7 +42,7 @@ def describe_run(
     identity = {name: values[name] for name in identifying()} | {
         "base_model": fingerprint(loaded.path),
         "projector": sum(float(p.double().sum()) for p in projector.parameters()) if projector is not None else None,
-        "data": data_identity(index, mixture),
+        "data": [data.index.fingerprint, *data.mixture.draws, _checksum(data.mixture.rows)],
         "global_batch_size": plan.global_batch_size,
         "preprocessing": json.loads(json.dumps(asdict(loaded.preprocessing))),  # as it is read back: lists
     }
@@ -57,14 +54,24 @@ def describe_run(
         "data": [entry.model_dump(mode="json", exclude_defaults=True) for entry in config.entries],
         "hub_data": [str(entry.path) for entry in config.entries if not entry.path.expanduser().exists()],
         "num_steps": plan.num_steps,
+        "held_out": data.held_out.records if data.held_out is not None else None,
+        "earlier_held_out": [],
         "identity": identity,
         "config": values,
     }
 
 
-def data_identity(index: SampleIndex, mixture: Mixture) -> list[Any]:
-    """Return what tells the data of a run, and which of its rows are trained on, from those of others."""
-    return [index.fingerprint, *mixture.draws, _checksum(mixture.rows)]
+def note_earlier(run: dict[str, Any], before: dict[str, Any]) -> None:
+    """Note in a run's description which other records it held out before: it may have trained on those of now.
+
+    Args:
+        run: of now.
+        before: of the checkpoint that it goes on from.
+    """
+    earlier = list(before.get("earlier_held_out", []))
+    if before.get("held_out") != run["held_out"]:
+        earlier.append(before.get("held_out"))
+    run["earlier_held_out"] = earlier
 
 
 def check_same_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any], allowed: Collection[str] = ()) -> None:

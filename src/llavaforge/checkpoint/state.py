@@ -64,6 +64,8 @@ class _Run(_Strict):
     lora: _Lora | None = None
     data: list[dict[str, Any]] = []
     num_steps: PositiveInt | None = None
+    held_out: str | None = None
+    earlier_held_out: list[str | None] = []
     result: _Result | None = None
 
     @model_validator(mode="after")

@@ -96,7 +96,7 @@ def _shown(text: str) -> str:
 def _pictures(variant: Variant, number: int) -> list[str]:
     """Return a record's images as the model sees them, made small; none where one cannot be read any more."""
     try:
-        row = variant.held_out.index.row(int(variant.rows[number]))
-        return [thumbnail_url(pixels_CHW) for pixels_CHW in variant.held_out.pixels(row)]
+        row = variant.held_out.index.row(int(variant.held_out.rows[number]))
+        return [thumbnail_url(pixels_CHW) for pixels_CHW in variant.dataset.pixels(row)]
     except BadImage:
         return []

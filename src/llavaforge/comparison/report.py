@@ -171,7 +171,7 @@ def _facts(comparison: Comparison, results: Mapping[Run, dict[str, Any]]) -> dic
     return {
         "model": config.model_name_or_path,
         "data": ", ".join(str(entry.path) for entry in config.entries),
-        "held out": f"{count(len(variant.rows))} records of "
+        "held out": f"{count(len(variant.held_out.rows))} records of "
         + (", ".join(str(entry.path) for entry in config.eval_entries) or "these"),
         "budget of each run": told,
         "seeds": ", ".join(map(str, config.seeds)),
@@ -208,7 +208,7 @@ def _notes(comparison: Comparison, results: Mapping[Run, dict[str, Any]]) -> lis
 
 def _on_the_way(variants: Sequence[Variant], curves: Mapping[Run, Curve]) -> str:
     """Return what the curves of metrics are of, if there are any that are not of all held-out records."""
-    num_records = len(variants[0].rows)
+    num_records = len(variants[0].held_out.rows)
     asked = {one.values.get("eval_generate_samples", 0) for one in variants}
     numbers = " or ".join(f"{number:,}" for number in sorted(asked) if 0 < number < num_records)
     has_curves = any(point.keys() - {"samples", "seconds", LOSS} for points in curves.values() for point in points)

@@ -119,7 +119,7 @@ class Run:
         _train(self._beside(".yaml"), values, self._beside(".log"), self.name, stop, watch)
         self._evaluate(self._beside(_EVALUATION), stop)
         if "none" not in self.config.metrics and "answer" not in _lines(self._beside(_EVALUATION))[0]:
-            few = min(_NUM_ANSWERS, len(self.variant.rows))
+            few = min(_NUM_ANSWERS, len(self.variant.held_out.rows))
             self._evaluate(self._beside(_ANSWERS), stop, metrics=["exact_match"], max_samples=few)
         result = {
             "variant": self.variant.name,
@@ -162,6 +162,7 @@ def rehearse(config: CompareConfig, variant: Variant, stop: StopRequest, watch: 
         "eval_steps": 0,
         "eval_generate_samples": 0,
         "eval_data": [],
+        "validation_split": 0,
     }
     name = f"rehearsal of {variant.name}"
     _train(folder / "run.yaml", values, folder / "run.log", name, stop, watch)

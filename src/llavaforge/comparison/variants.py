@@ -10,19 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from llavaforge.answers.metrics import METRICS, chosen
 from llavaforge.checkpoint.identity import describe_run
 from llavaforge.config.load import build
 from llavaforge.config.recipe import override
-from llavaforge.config.schema import OF_COMPARISON, CompareConfig, EvaluateConfig, SampleOptions, TrainConfig
+from llavaforge.config.schema import OF_COMPARISON, OF_HELD_OUT, CompareConfig, EvaluateConfig, TrainConfig
 from llavaforge.config.train_types import TRAIN_TYPES
 from llavaforge.data.index.records import records_of_rows
 from llavaforge.data.load.loader import PackDataset
-from llavaforge.data.order.mixture import RowNumbers
 from llavaforge.data.order.plan import Plan
-from llavaforge.data.order.run_data import open_data
+from llavaforge.data.order.run_data import HeldOut, open_data
 from llavaforge.data.rows.records import Record
 from llavaforge.device import compute_dtype, pick_device, total_memory
 from llavaforge.engine.memory import Counts, engine_memory, stage_of
@@ -60,8 +57,8 @@ class Variant:
         num_parameters: of the whole model.
         flops_per_sample: model FLOPs of the mean sample in training.
         memory_bytes: what the weights and the optimizer take, without activations.
-        held_out: the records that it is measured on, as its model sees them: these rows of a data set.
-        rows: their numbers.
+        held_out: the records that it is measured on.
+        dataset: of these, as its model sees them.
         identity: all that its results depend on, but for the seed, as JSON.
     """
 
@@ -74,8 +71,8 @@ class Variant:
     num_parameters: int
     flops_per_sample: float
     memory_bytes: float
-    held_out: PackDataset
-    rows: RowNumbers
+    held_out: HeldOut
+    dataset: PackDataset
     identity: dict[str, Any]
 
     @property
@@ -118,22 +115,13 @@ def _check_same_records(variants: Sequence[Variant]) -> None:
     Raises:
         UserError: one holds out others.
     """
-    first, *others = map(_places, variants)
-    for variant, places in zip(variants[1:], others, strict=True):
-        if places != first:
+    for variant in variants[1:]:
+        if variant.held_out.records != variants[0].held_out.records:
             raise UserError(
                 f"variants, {variant.name}: its data, quarantine or max_length makes it hold out other records than "
                 f"{variants[0].name} does, so their losses could not be compared. Give the held-out records as "
                 "eval_data_path, and let none of them be faulty."
             )
-
-
-def _places(variant: Variant) -> list[tuple[str, int, int]]:
-    """Return where the held-out records are: contents of the data set, file, row."""
-    index = variant.held_out.index
-    contents = np.repeat([data_set.contents for data_set in index.data_sets], np.diff(index.starts))
-    columns = (column[variant.rows].tolist() for column in (contents, index.column("file"), index.column("row")))
-    return list(zip(*columns, strict=True))
 
 
 def _train_types(config: CompareConfig) -> dict[str, dict[str, Any]]:
@@ -170,17 +158,17 @@ def _open(config: CompareConfig, name: str, overrides: Mapping[str, Any]) -> Var
     learning = set_trainable(loaded.model, train)
     data = open_data(train, loaded.processor, loaded.num_image_tokens, quiet=True)
     assert data.held_out is not None
-    index, rows = data.held_out.index, data.held_out.rows
+    index = data.held_out.index
     costs = FlopCounter.of(loaded.model, loaded.num_image_tokens).of_index(data.index)
     batch_size, counts = train.samples_per_step(), Counts.of(loaded.model)
     memory = engine_memory("plain", counts, 1, compute_dtype(train.bf16).itemsize, train.optim == "adamw_8bit")
-    values |= _on_the_way(config, values, train, records_of_rows(index, rows))
+    values |= _on_the_way(config, values, train, records_of_rows(index, data.held_out.rows))
     plan = Plan.of(train, data.mixture, data.index, costs, batch_size, num_steps=1)
-    run = describe_run(train.model_copy(update={"projector_from": None}), loaded, data.index, data.mixture, plan)
+    run = describe_run(train.model_copy(update={"projector_from": None}), loaded, data, plan)
     identity = {key: value for key, value in run["identity"].items() if key != "seed"}
     identity |= {key: run["config"][key] for key in _OF_COST} | {"projector_from": train.projector_from}
     identity |= {key: values.get(key) for key in _ON_THE_WAY}
-    identity |= {"validation_split": config.validation_split, "held-out data": index.fingerprint}
+    identity |= {"held-out data": index.fingerprint, "held-out records": data.held_out.records}
     identity |= {"metrics": config.metrics, "max_new_tokens": config.max_new_tokens}
     identity |= budget_of(config)
     return Variant(
@@ -193,8 +181,8 @@ def _open(config: CompareConfig, name: str, overrides: Mapping[str, Any]) -> Var
         num_parameters=counts.total,
         flops_per_sample=float(costs[data.mixture.all_rows].mean()),
         memory_bytes=memory.total,
-        held_out=PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens),
-        rows=rows,
+        held_out=data.held_out,
+        dataset=PackDataset(index, loaded.preprocessing, loaded.image_token_id, loaded.num_image_tokens),
         identity=json.loads(to_json(identity)),
     )
 
@@ -218,8 +206,7 @@ def evaluate_options(config: CompareConfig, values: Mapping[str, Any], model: st
         values: the variant's recipe.
         model: its folder.
     """
-    of_data = (SampleOptions.model_fields.keys() - {"cache_dir"}) | {"data_path"}  # `held_out` has them from the run
-    names = EvaluateConfig.model_fields.keys() - of_data
+    names = EvaluateConfig.model_fields.keys() - OF_HELD_OUT
     own = {
         "model_name_or_path": model,
         "held_out": True,

@@ -177,6 +177,10 @@ class SampleOptions(Schema):
     """Where prepared data is kept (default: `$LLAVAFORGE_CACHE` or `~/.cache/llavaforge`)."""
 
 
+OF_HELD_OUT = (SampleOptions.model_fields.keys() - {"cache_dir"}) | {"data_path"}
+"""Options of `evaluate` that `held_out` takes from the model's run."""
+
+
 class LearningOptions(Schema):
     """What learns; shared by all verbs that train or speak of training."""
 
@@ -619,8 +623,7 @@ class EvaluateConfig(SampleOptions):
                 "give data_path (samples to measure on), or held_out (those that the run held out), or lmms (tasks of "
                 "lmms-eval)"
             )
-        of_data = (SampleOptions.model_fields.keys() - {"cache_dir"}) | {"data_path"}
-        if self.held_out and (given := sorted(of_data & self.model_fields_set)):
+        if self.held_out and (given := sorted(OF_HELD_OUT & self.model_fields_set)):
             raise ValueError(f"held_out takes the run's own data, prepared as there: leave {given[0]} out")
         if self.lmms and self.output_dir is None:
             raise ValueError("lmms needs output_dir, for what lmms-eval leaves")

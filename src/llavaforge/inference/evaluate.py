@@ -21,10 +21,9 @@ from llavaforge.answers.choices import Chooser, options_of, right_choice
 from llavaforge.answers.generate import Answerer, Question
 from llavaforge.answers.metrics import METRICS, References, chosen, interval, measure
 from llavaforge.answers.prefill import Prefill
-from llavaforge.checkpoint.identity import data_identity
 from llavaforge.checkpoint.state import load_run
 from llavaforge.checkpoint.trained import open_model, own_run
-from llavaforge.config.schema import DataEntry, EvaluateConfig, SampleOptions, TrainConfig
+from llavaforge.config.schema import DataEntry, DataOptions, EvaluateConfig, SampleOptions, TrainConfig
 from llavaforge.data.index.open import open_checked_index, sample_builder
 from llavaforge.data.index.records import records_of_rows
 from llavaforge.data.load.loader import PackDataset, loading
@@ -49,6 +48,8 @@ from llavaforge.results import EvaluateResult
 
 logger = logging.getLogger(__name__)
 
+# What of a run's options says which records it held out, and how they are read.
+_OF_DATA = DataOptions.model_fields.keys() | {"model_name_or_path", "output_dir", "on_bad_sample", "max_bad_samples"}
 _LARGEST_EXPONENT = 700  # of e, in float64
 _TIMEOUT_S = 600.0  # for processes to meet
 _START_OF_WORKERS_S = 5.0  # on two cores: mostly imports
@@ -150,8 +151,8 @@ def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
     for theirs in world.all_gather_objects(mine):
         found |= theirs
     lines = [found[row] for row in rows.tolist()]
-    summary = _summary(config, lines, metrics, records, references)
-    summary["data_path"] = ", ".join(str(data_set.source.entry.path) for data_set in index.data_sets)
+    paths = [str(data_set.source.entry.path) for data_set in index.data_sets]
+    summary = _summary(config, lines, metrics, records, references, ", ".join(paths))
     if config.output_dir is not None and world.is_writer:
         _write(config.output_dir, lines, summary, evaluation_page(dataset, rows, lines, summary, metrics))
     return summary
@@ -170,24 +171,34 @@ def _open_data(config: EvaluateConfig, loaded: LoadedModel) -> HeldOut:
     return HeldOut(index, np.arange(len(index)))
 
 
-def _run_of(config: EvaluateConfig) -> tuple[TrainConfig, list[Any]]:
-    """Return the options of a model's run, and what identifies its data.
+def _run_of(config: EvaluateConfig) -> tuple[TrainConfig, str]:
+    """Return how a model's run read its data, and what identifies the records that it held out.
 
     Raises:
-        UserError: the model is no run's, or its run held nothing out.
+        UserError: the model is no run's, or what its run held out cannot be told.
     """
     folder = Path(config.model_name_or_path)
     if not (folder / RUN).is_file():
         raise UserError(f"{folder}: no run's folder (no {RUN}), so nothing says what was held out. Give --data_path.")
-    run = own_run(folder, load_run(folder))
+    run = load_run(folder)
     with reading(folder / RUN, "Restore it, or give --data_path."):
-        train, of_data = TrainConfig.model_validate(run["config"]), run["identity"]["data"]
+        values = own_run(folder, run)["config"]
+        train = TrainConfig.model_validate({name: values[name] for name in _OF_DATA & values.keys()})
     if not train.eval_entries and not train.validation_split:
         raise UserError(f"{folder}: its run held nothing out. Give --data_path.")
-    return train.model_copy(update={"cache_dir": config.cache_dir}), of_data
+    if (records := run.get("held_out")) is None:
+        raise UserError(
+            f"{folder}: a run of an older llavaforge, which did not note what it held out. Give --data_path."
+        )
+    if train.validation_split and run.get("earlier_held_out"):
+        raise UserError(
+            f"{folder}: its data was changed as it went on (allow_changes), or an older llavaforge began it: it may have "
+            "trained on some of the records that are held out now. Give --data_path, with data that it has not seen."
+        )
+    return train if config.cache_dir is None else train.model_copy(update={"cache_dir": config.cache_dir}), records
 
 
-def _open_held_out(train: TrainConfig, of_data: list[Any], loaded: LoadedModel, most: int | None) -> HeldOut:
+def _open_held_out(train: TrainConfig, records: str, loaded: LoadedModel, most: int | None) -> HeldOut:
     """Open what a run held out, or the first of it.
 
     Raises:
@@ -198,19 +209,15 @@ def _open_held_out(train: TrainConfig, of_data: list[Any], loaded: LoadedModel, 
         if train.eval_entries:
             held_out: HeldOut | None = open_held_out(train, *ids, quiet=False)[0]
         else:
-            data = open_data(train, *ids, quiet=False)
-            held_out = data.held_out
-            if data_identity(data.index, data.mixture) != of_data:
-                raise UserError(
-                    f"{', '.join(str(entry.path) for entry in train.entries)}: has changed since the run, so that "
-                    "records which it trained on might be among those held out now. Restore it."
-                )
+            held_out = open_data(train, *ids, quiet=False).held_out
+        if held_out is None or held_out.records != records:
+            names = ", ".join(str(entry.path) for entry in train.eval_entries or train.entries)
+            raise UserError(f"{names}, or the quarantine, is not what it was in the run: others are held out now.")
     except UserError as error:
         raise UserError(
             f"held_out: {error} (The data is looked for as the run's recipe named it, from the folder in which you are "
             "now. Go to the folder in which the run was started, or give --data_path instead.)"
         ) from None
-    assert held_out is not None
     return HeldOut(held_out.index, held_out.rows[:most])
 
 
@@ -292,6 +299,7 @@ def _summary(
     metrics: Sequence[str],
     records: Sequence[Record],
     references: Sequence[References],
+    data_path: str,
 ) -> EvaluateResult:
     """Sum up, and put each sample's values into its line."""
     num_supervised = [line["num_supervised"] for line in lines]
@@ -316,7 +324,7 @@ def _summary(
         },
         "model_name_or_path": config.model_name_or_path,
         "held_out": config.held_out,
-        "data_path": None,
+        "data_path": data_path,
         "blank_image": config.blank_image,
         **{name: value for name, value in values.items() if name != "exact_match"},  # type: ignore[typeddict-item]  # each under its own name
     }

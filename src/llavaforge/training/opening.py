@@ -107,7 +107,7 @@ def open_stage(config: TrainConfig, world: World, console: Console) -> OpenedSta
         console.print(data.mixture.table(config.entries, data.index.num_supervised))
     config = fitted(config, loaded, Sizes.of(data.index, data.mixture), world)
     plan = world.run_on_all(lambda: _plan(config, data, flops, world))
-    run = describe_run(config, loaded, data.index, data.mixture, plan)
+    run = describe_run(config, loaded, data, plan)
     return OpenedStage(config, loaded, groups, Counts.of(loaded.model), flops, data, plan, run)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llavaforge.checkpoint.identity import note_earlier
 from llavaforge.checkpoint.resume import find_checkpoint, leave_others
 from llavaforge.checkpoint.state import ParameterStates, load_run, load_train_state
 from llavaforge.clock import COMMUNICATION, DATA, EVALUATION, OTHER, SAVING, Clock
@@ -76,6 +77,7 @@ def prepare_or_resume(opened: OpenedStage, engine: Engine, clock: Clock) -> Trai
         return TrainState()
     world.at(f"loading {folder.name}")
     state, weights = world.run_on_all(lambda: _read(folder, opened))
+    world.run_on_all(lambda: note_earlier(opened.run, load_run(folder)))
     engine.restore(weights, state.step - state.num_skipped)
     world.run_on_all(lambda: leave_others(config.output_dir, folder, state.step) if world.is_writer else None)
     logger.info("going on from %s", folder)

@@ -105,20 +105,25 @@ def records_of(source: Source) -> Iterator[Record]:
 
 
 def records_at(source: Source, places: Collection[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Record]]:
-    """Yield the records at (number of the file, row), which are sound, each with its place.
+    """Yield the records at (number of the file, row), which were sound, each with its place; images are not looked for.
 
     Raises:
         UserError: one has changed since.
     """
-    worker = _Worker(None, source)
     for chunk in _limited(source):
         for row, raw in zip(chunk.rows, chunk.raws, strict=True):
             if (place := (chunk.file, row)) in places:
                 try:
-                    yield place, worker.record(parse_raw(raw))
+                    yield place, _parsed(raw, source)
                 except RecordError as error:
                     where = describe_record(source.file_names[chunk.file], row, id_of(parse_raw(raw)))
-                    raise UserError(f"{where}: {error}, now; it was sound a moment ago.") from None
+                    raise UserError(f"{where}: has changed since the data was opened: {error}") from None
+
+
+def _parsed(raw: Any, source: Source) -> Record:
+    if isinstance(value := parse_raw(raw), Malformed):
+        raise RecordError("malformed_json", value.message)
+    return parse_record(value, source.entry.format, source.entry.columns)
 
 
 def _is_current(path: Path, images: ImageStore) -> bool:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from llavaforge.data.index.index import SampleIndex
 from llavaforge.data.index.prepare import records_at
 from llavaforge.data.rows.records import Record
+from llavaforge.data.storage.image_ref import ImageRef
 
 
 def records_of_rows(index: SampleIndex, rows: Sequence[int] | npt.NDArray[np.int64]) -> list[Record]:
@@ -27,14 +28,14 @@ def records_of_rows(index: SampleIndex, rows: Sequence[int] | npt.NDArray[np.int
         files, lines = (data_set.numbers(name)[mine].tolist() for name in ("file", "row"))
         numbers = dict(zip(zip(files, lines, strict=True), (start + mine).tolist(), strict=True))
         found |= {numbers[place]: record for place, record in records_at(data_set.source, numbers)}
-    dropped, num_images = index.column("num_turns_dropped"), index.num_images
-    return [_cut(found[number], int(dropped[number]), int(num_images[number])) for number in rows.tolist()]
+    dropped = index.column("num_turns_dropped")
+    return [_cut(found[number], int(dropped[number]), index.row(number).images) for number in rows.tolist()]
 
 
-def _cut(record: Record, num_turns_dropped: int, num_images: int) -> Record:
+def _cut(record: Record, num_turns_dropped: int, images: tuple[ImageRef, ...]) -> Record:
     return replace(
         record,
         turns=record.turns[: len(record.turns) - num_turns_dropped],
-        images=record.images[:num_images],
+        images=images,
         answers=() if num_turns_dropped else record.answers,  # they are about the last question
     )

@@ -3,9 +3,12 @@
 Comes in: the run's options and its model's processor. Goes out: an `OpenedData`, checked.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,10 +30,21 @@ class HeldOut:
     index: SampleIndex
     rows: RowNumbers
 
+    @cached_property
+    def records(self) -> str:
+        """A checksum of which records these are, whatever the model: contents of their data set, file, row."""
+        contents = [data_set.contents for data_set in self.index.data_sets]
+        data_set = np.searchsorted(self.index.starts, self.rows, side="right") - 1
+        digest = hashlib.sha256(json.dumps(contents).encode())
+        for column in (data_set, self.index.column("file")[self.rows], self.index.column("row")[self.rows]):
+            digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
     @property
     def identity(self) -> str:
-        """What tells it from other held-out data."""
-        return f"{self.index.fingerprint}, {len(self.rows)} rows"
+        """What tells it from other held-out data, as a model sees it."""
+        which = "" if len(self.rows) == len(self.index) else f", {self.records}"
+        return f"{self.index.fingerprint}, {len(self.rows)} rows{which}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from llavaforge.inference.demo.sessions import Models
 
 _CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 _SHORTEST_PAUSE_S = 0.04  # between two updates of the page, which would slow the model down
+_MOST_ASKING = 10  # pages at once; each takes one of Gradio's forty threads
 _THUMBNAIL = 320  # pixels
 _LONGEST_QUESTION = 4000  # characters
 _FONTS = {
@@ -88,8 +89,9 @@ def _page(models: Models, samples: Sequence[HeldOut]) -> Any:
         handlers = _Handlers(models, samples)
         outputs = [*chats, question, ask, stop, clear]
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        # Pages do not wait for each other here, where nothing would show it, but for the models (`Models`).
-        gr.on([ask.click, question.submit], handlers.ask, [image, question], outputs, concurrency_limit=None, **private)
+        # Pages wait for the models (`Models`), with what they asked on them, not here, where nothing would show it.
+        asked, most = [ask.click, question.submit], _MOST_ASKING
+        gr.on(asked, handlers.ask, [image, question], outputs, concurrency_limit=most, **private)
         at_once = {**private, "queue": False}
         stop.click(handlers.stop, None, None, **at_once)
         clear.click(handlers.clear, None, [*chats, image, question, reference], **at_once)
