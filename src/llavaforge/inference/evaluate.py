@@ -193,7 +193,7 @@ def _run_of(config: EvaluateConfig) -> tuple[TrainConfig, str]:
     if train.validation_split and run.get("earlier_held_out"):
         raise UserError(
             f"{folder}: its data was changed as it went on (allow_changes), or an older llavaforge began it: it may "
-            "have trained on some of the records that are held out now. Give --data_path with data that it has not seen."
+            "have trained on some of the records held out now. Give --data_path with data that it has not seen."
         )
     return train if config.cache_dir is None else train.model_copy(update={"cache_dir": config.cache_dir}), records
 
