@@ -210,6 +210,17 @@ def test_control_characters_of_other_peoples_texts_do_not_reach_the_terminal(
             assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text, arguments
 
 
+def test_a_place_below_a_file_is_refused_before_any_work(
+    tiny_llava: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text(PRECIOUS)
+    for name in ("samples.jsonl", "report.html", "page.html", "list.jsonl"):
+        assert main(WRITTEN[name](tiny_llava, shapes / "train", tmp_path / "file" / "below")) == 2
+        told = capsys.readouterr().err
+        assert "file: is a file, and " in told and "metrics of answers" not in told
+    assert (tmp_path / "file").read_text() == PRECIOUS
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="where nothing can be written, not even by root")
 def test_a_place_that_cannot_be_written_is_named_as_the_user_named_it() -> None:
     """(Not by the temporary name under which it would have been written.)"""

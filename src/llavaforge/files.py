@@ -57,10 +57,15 @@ def check_own(path: Path, own: str) -> None:
         own: a regular expression; what llavaforge writes there begins so.
 
     Raises:
-        UserError: something else is there.
+        UserError: something else is there, or nothing can be written there.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder. Name a file.")
+    above = next(folder for folder in real_path(path).parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{above}: is a file, and {path} would be below it. Give another name.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{above}: cannot be written to, so {path} cannot. Change that, or give another name.")
     if not path.is_file():
         return
     with path.open("rb") as file:

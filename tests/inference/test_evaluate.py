@@ -90,6 +90,8 @@ def test_nothing_else_is_taken_for_what_a_run_held_out(tiny_llava: Path, shapes:
         evaluate(run("none"))
     with pytest.raises(UserError, match="no run's folder"):
         evaluate(of(tiny_llava))
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        evaluate(of(tmp_path / "nowhere"))
     for own in ({"data_path": data}, {"prompt_style": "plain"}, {"image_folder": data}):
         with pytest.raises(ValueError, match=f"leave {next(iter(own))} out"):
             EvaluateConfig(model_name_or_path="m", held_out=True, **own)
@@ -97,23 +99,24 @@ def test_nothing_else_is_taken_for_what_a_run_held_out(tiny_llava: Path, shapes:
     assert (evaluate(split)["num_samples"], evaluate(other)["num_samples"]) == (6, 8)
     beside = tmp_path / "other" / "of-split"
     shutil.copytree(tmp_path / "split" / "final", beside)
-    with pytest.raises(UserError, match="others are held out now"):
-        evaluate(of(beside))  # in the folder of another run, whose data is another
+    assert evaluate(of(beside))["num_samples"] == 6  # in the folder of another run, from which it has the path alone
     entry = run("entry", eval_data_path=held_out)
     assert evaluate(entry)["num_samples"] == 4
     held_out.write_text(json.dumps(rows[4:8]))
-    with pytest.raises(UserError, match=r"held-out.json, or the quarantine, is not what it was in the run"):
+    with pytest.raises(UserError, match=r"held-out.json has been edited or written anew since the run"):
         evaluate(entry)
     data.write_text(json.dumps(rows[1:]))
-    with pytest.raises(UserError, match=r"questions.json, or the quarantine, is not what it was in the run"):
+    with pytest.raises(UserError, match=r"questions.json has been edited or written anew since the run"):
         evaluate(split)
     changed = run("split", validation_split=6, max_steps=3, allow_changes=["data"])
     with pytest.raises(UserError, match="may have trained on some of the records"):
         evaluate(changed)
-    with pytest.raises(UserError, match="others are held out now"):
+    with pytest.raises(UserError, match="has been edited"):  # before that, and of the former file
         evaluate(of(tmp_path / "split" / "checkpoint-2"))
+    data.write_text(json.dumps(rows))
+    assert evaluate(of(tmp_path / "split" / "checkpoint-2"))["num_samples"] == 6
     data.unlink()
-    with pytest.raises(UserError, match=r"held_out: .*no such file .*in which the run was started"):
+    with pytest.raises(UserError, match=r"held_out: .*no such file .*--data_path with data that the model has"):
         evaluate(other)
 
 

@@ -109,6 +109,22 @@ def without_private_paths(value: Any) -> Any:
     return Path(value).name if is_private else value
 
 
+def with_private_paths(value: Any, whole: Any) -> Any:
+    """Return a description with the paths that `without_private_paths` cut, where another one still has them.
+
+    Args:
+        value: of a folder that is given away.
+        whole: of the same run, maybe of a later start of it: all else in it counts for nothing.
+    """
+    if value == without_private_paths(whole):
+        return whole
+    if isinstance(value, dict) and isinstance(whole, dict):
+        return {key: with_private_paths(item, whole.get(key)) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(whole, list) and len(value) == len(whole):
+        return [with_private_paths(*pair) for pair in zip(value, whole, strict=True)]
+    return value
+
+
 class ParameterStates(Mapping[str, ParameterState]):
     """Weights and moments of a checkpoint by module name; each is read when it is asked for."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llavaforge.checkpoint.state import TRAIN_STATE, load_run, load_weights, without_private_paths
+from llavaforge.checkpoint.state import TRAIN_STATE, load_run, load_weights, with_private_paths, without_private_paths
 from llavaforge.errors import UserError, reading
 from llavaforge.folders import differences, fingerprint
 from llavaforge.model.load import LoadedModel, load_model
@@ -86,7 +86,7 @@ def own_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         if (around / RUN).is_file():
             own = load_run(around)
             if own["identity"]["base_model"] == run["identity"]["base_model"]:
-                return own
+                return with_private_paths(run, own) | {"base_model": own["base_model"]}
     return run
 
 

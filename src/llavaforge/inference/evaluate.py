@@ -50,6 +50,11 @@ logger = logging.getLogger(__name__)
 
 # What of a run's options says which records it held out, and how they are read.
 _OF_DATA = DataOptions.model_fields.keys() | {"model_name_or_path", "output_dir", "on_bad_sample", "max_bad_samples"}
+_ELSE = "Or leave held_out out, and give --data_path with data that the model has not seen."
+_WHERE = (
+    "A run's data is looked for as its recipe named it, from the folder in which you are now; of absolute paths a model "
+    "that was exported or moved knows the last part alone."
+)
 _LARGEST_EXPONENT = 700  # of e, in float64
 _TIMEOUT_S = 600.0  # for processes to meet
 _START_OF_WORKERS_S = 5.0  # on two cores: mostly imports
@@ -178,22 +183,22 @@ def _run_of(config: EvaluateConfig) -> tuple[TrainConfig, str]:
         UserError: the model is no run's, or what its run held out cannot be told.
     """
     folder = Path(config.model_name_or_path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Give a run's `final` or `checkpoint-N`.")
     if not (folder / RUN).is_file():
-        raise UserError(f"{folder}: no run's folder (no {RUN}), so nothing says what was held out. Give --data_path.")
-    run = load_run(folder)
-    with reading(folder / RUN, "Restore it, or give --data_path."):
-        values = own_run(folder, run)["config"]
+        raise UserError(f"{folder}: no run's folder (no {RUN}), so nothing says what was held out. {_ELSE}")
+    run = own_run(folder, load_run(folder))
+    with reading(folder / RUN, f"Restore it. {_ELSE}"):
+        values = run["config"]
         train = TrainConfig.model_validate({name: values[name] for name in _OF_DATA & values.keys()})
     if not train.eval_entries and not train.validation_split:
-        raise UserError(f"{folder}: its run held nothing out. Give --data_path.")
+        raise UserError(f"{folder}: its run held nothing out. {_ELSE}")
     if (records := run.get("held_out")) is None:
-        raise UserError(
-            f"{folder}: a run of an older llavaforge, which did not note what it held out. Give --data_path."
-        )
+        raise UserError(f"{folder}: its llavaforge was older and did not note what is held out. {_ELSE}")
     if train.validation_split and run.get("earlier_held_out"):
         raise UserError(
             f"{folder}: its data was changed as it went on (allow_changes), or an older llavaforge began it: it may "
-            "have trained on some of the records held out now. Give --data_path with data that it has not seen."
+            f"have trained on some of the records held out now. {_ELSE}"
         )
     return train if config.cache_dir is None else train.model_copy(update={"cache_dir": config.cache_dir}), records
 
@@ -210,14 +215,15 @@ def _open_held_out(train: TrainConfig, records: str, loaded: LoadedModel, most: 
             held_out: HeldOut | None = open_held_out(train, *ids, quiet=False)[0]
         else:
             held_out = open_data(train, *ids, quiet=False).held_out
-        if held_out is None or held_out.records != records:
-            names = ", ".join(str(entry.path) for entry in train.eval_entries or train.entries)
-            raise UserError(f"{names}, or the quarantine, is not what it was in the run: others are held out now.")
     except UserError as error:
+        raise UserError(f"held_out: {error} {_WHERE} {_ELSE}") from None
+    if held_out is None or held_out.records != records:
+        names = ", ".join(str(entry.path) for entry in train.eval_entries or train.entries)
+        quarantine = f", or {train.quarantine}" if train.quarantine is not None else ""
         raise UserError(
-            f"held_out: {error} (The data is looked for as the run's recipe named it, from the folder in which you are "
-            "now. Go to the folder in which the run was started, or give --data_path instead.)"
-        ) from None
+            f"{names}{quarantine} has been edited or written anew since the run, so it cannot be told whether the "
+            f"records are those that were held out. Restore it. {_ELSE}"
+        )
     return HeldOut(held_out.index, held_out.rows[:most])
 
 
