@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 _OF_DATA = DataOptions.model_fields.keys() | {"model_name_or_path", "output_dir", "on_bad_sample", "max_bad_samples"}
 _ELSE = "Or leave held_out out, and give --data_path with data that the model has not seen."
 _WHERE = (
-    "A run's data is looked for as its recipe named it, from the folder in which you are now; of absolute paths a model "
-    "that was exported or moved knows the last part alone."
+    "A run's data is looked for as its recipe named it, from the folder in which you are now; of absolute paths a "
+    "model that was exported or moved knows the last part alone."
 )
 _LARGEST_EXPONENT = 700  # of e, in float64
 _TIMEOUT_S = 600.0  # for processes to meet
