@@ -245,26 +245,36 @@ def test_a_mistake_is_told_and_does_not_end_the_page(demo: Demo, page: Page) -> 
     assert len(page.ask("What is this?")) == 2
 
 
-def test_an_answer_appears_as_it_is_made_until_it_is_stopped(tiny_llava: Path, chromium: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def endless(tiny_llava: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of a page whose two models never end an answer by themselves."""
     pytest.importorskip("gradio", reason="needs gradio: make test-demo")
     from llavaforge.inference.demo.page import serving
 
-    torch.manual_seed(0)  # sampled words have spaces between them
     model = shutil.copytree(tiny_llava, tmp_path / "model")
     settings = json.loads((model / "generation_config.json").read_text())
-    settings["min_new_tokens"] = 1_000_000  # however slow the page is
+    settings["min_new_tokens"] = 1_000_000
     (model / "generation_config.json").write_text(json.dumps(settings))
-    answerer = answerer_of(model, 1_000_000, temperature=1.0)
-    endless = Models(["endless", "next"], [answerer] * 2)
-    config = DemoConfig(model_name_or_path="", port=free_port())
-    with endless, serving(endless, [], config) as address, opened(chromium, address) as page:
+    torch.manual_seed(0)  # sampled words have spaces between them
+    models = Models(["endless", "next"], [answerer_of(model, 1_000_000, temperature=1.0)] * 2)
+    with models, serving(models, [], DemoConfig(model_name_or_path="", port=free_port())) as address:
+        yield address
+
+
+def wait_for_answer(page: Page, number: int) -> None:
+    """Wait until the first words of an answer of the first model are there."""
+    page.tab.wait_for_function(
+        "n => { const bots = document.querySelectorAll('#chat-0 .bot.message');"
+        " return bots.length == n && bots[n - 1].innerText.trim().length > 3 }",
+        arg=number,
+    )
+
+
+def test_an_answer_appears_as_it_is_made_until_it_is_stopped(endless: str, chromium: Any) -> None:
+    with opened(chromium, endless) as page:
         for num_answers in (1, 2):
             page.begin("What?")
-            page.tab.wait_for_function(
-                "n => { const bots = document.querySelectorAll('#chat-0 .bot.message');"
-                " return bots.length == n && bots[n - 1].innerText.trim().length > 3 }",
-                arg=num_answers,
-            )
+            wait_for_answer(page, num_answers)
             assert page.tab.locator("#ask").is_hidden() and page.tab.locator("#clear").is_disabled()
             page.tab.click("#stop")
             page.tab.wait_for_selector("#ask")
@@ -272,6 +282,19 @@ def test_an_answer_appears_as_it_is_made_until_it_is_stopped(tiny_llava: Path, c
             page.tab.wait_for_timeout(300)
             assert page.texts(0) == before and len(before) == 2 * num_answers
             assert page.texts(1) == []  # whose turn did not come
+
+
+def test_a_page_that_waits_for_another_shows_what_was_asked(endless: str, chromium: Any) -> None:
+    with opened(chromium, endless) as first, opened(chromium, endless) as second:
+        first.begin("First?")
+        wait_for_answer(first, 1)
+        second.begin("Second?")
+        second.tab.wait_for_selector("#chat-0 .user.message")
+        assert second.texts(0) == ["Second?"] and second.tab.locator("#stop").is_visible()
+        first.tab.click("#stop")
+        wait_for_answer(second, 1)
+        second.tab.click("#stop")
+        second.tab.wait_for_selector("#ask")
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "README.md", "model"])
