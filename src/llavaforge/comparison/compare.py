@@ -57,6 +57,8 @@ def compare(config: CompareConfig) -> CompareResult:
     with StopRequest() as stop, _claimed(config.output_dir):
         prepare_children()
         variants, left_out = open_variants(config)
+        if "none" not in config.metrics and all(one.identity["eval_metrics"] == ["none"] for one in variants):
+            logger.info("no metric suits all held-out answers: losses alone are compared (metrics NAME asks for one)")
         plan = _checked_plan(config, variants)
         with stop.postponed():
             steps, failed = _all_steps(config, variants, plan, stop)

@@ -94,7 +94,7 @@ def open_variants(config: CompareConfig) -> tuple[list[Variant], dict[str, str]]
     if config.variants is not None:
         variants = [_open(config, name, overrides) for name, overrides in config.variants.items()]
         _check_same_records(variants)
-        return _told(config, variants), left_out
+        return variants, left_out
     budget, variants = total_memory(pick_device()), []
     for name, overrides in _train_types(config).items():
         variant = _open(config, name, overrides)
@@ -106,14 +106,7 @@ def open_variants(config: CompareConfig) -> tuple[list[Variant], dict[str, str]]
             variants.append(variant)
     if len(variants) < 2:
         raise UserError("compare: fewer than two train types fit this device. Name other `variants` in the recipe.")
-    return _told(config, variants), left_out
-
-
-def _told(config: CompareConfig, variants: list[Variant]) -> list[Variant]:
-    """Say it where losses alone are compared and nobody asked for that."""
-    if "none" not in config.metrics and all(one.identity["eval_metrics"] == ["none"] for one in variants):
-        logger.info("no metric suits all held-out answers: losses alone are compared (metrics NAME asks for one)")
-    return variants
+    return variants, left_out
 
 
 def _check_same_records(variants: Sequence[Variant]) -> None:
