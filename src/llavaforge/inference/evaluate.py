@@ -21,25 +21,24 @@ from llavaforge.answers.choices import Chooser, options_of, right_choice
 from llavaforge.answers.generate import Answerer, Question
 from llavaforge.answers.metrics import METRICS, References, chosen, interval, measure
 from llavaforge.answers.prefill import Prefill
-from llavaforge.checkpoint.state import load_run
-from llavaforge.checkpoint.trained import open_model, own_run
-from llavaforge.config.schema import DataEntry, DataOptions, EvaluateConfig, SampleOptions, TrainConfig
+from llavaforge.checkpoint.trained import open_model
+from llavaforge.config.schema import DataEntry, EvaluateConfig, SampleOptions
 from llavaforge.data.index.open import open_checked_index, sample_builder
 from llavaforge.data.index.records import records_of_rows
 from llavaforge.data.load.loader import PackDataset, loading
 from llavaforge.data.order.plan import MicroBatch, in_order
-from llavaforge.data.order.run_data import HeldOut, open_data, open_held_out
+from llavaforge.data.order.run_data import HeldOut
 from llavaforge.data.rows.records import Record
 from llavaforge.data.rows.turns import IMAGE_PLACEHOLDER
 from llavaforge.device import compute_dtype
-from llavaforge.errors import UserError, reading
+from llavaforge.errors import UserError
 from llavaforge.files import check_own, replace_text, to_json
 from llavaforge.inference.evaluation_page import evaluation_page
+from llavaforge.inference.held_out import open_what_run_held_out, run_of
 from llavaforge.inference.lmms import check_lmms, run_lmms
 from llavaforge.model.load import LoadedModel
 from llavaforge.model.step import StepModule
 from llavaforge.model.trainable import cast_parameters
-from llavaforge.model_folder.card import RUN
 from llavaforge.processes.launch import num_processes
 from llavaforge.processes.world import World, open_world
 from llavaforge.progress import Bar
@@ -48,13 +47,6 @@ from llavaforge.results import EvaluateResult
 
 logger = logging.getLogger(__name__)
 
-# What of a run's options says which records it held out, and how they are read.
-_OF_DATA = DataOptions.model_fields.keys() | {"model_name_or_path", "output_dir", "on_bad_sample", "max_bad_samples"}
-_ELSE = "Or leave held_out out, and give --data_path with data that the model has not seen."
-_WHERE = (
-    "A run's data is looked for as its recipe named it, from the folder in which you are now; of absolute paths a "
-    "model that was exported or moved knows the last part alone."
-)
 _LARGEST_EXPONENT = 700  # of e, in float64
 _TIMEOUT_S = 600.0  # for processes to meet
 _START_OF_WORKERS_S = 5.0  # on two cores: mostly imports
@@ -123,7 +115,7 @@ def _nothing(config: EvaluateConfig) -> EvaluateResult:
 
 def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
     """Measure on samples, write it down and return the summary."""
-    run = world.run_on_all(lambda: _run_of(config)) if config.held_out else None
+    run = world.run_on_all(lambda: run_of(config)) if config.held_out else None
     if run is not None:
         as_there = {name: getattr(run[0], name) for name in SampleOptions.model_fields}
         config = config.model_copy(update=as_there)
@@ -132,7 +124,7 @@ def _measure(config: EvaluateConfig, world: World) -> EvaluateResult:
     cast_parameters(step_module, compute_dtype(config.bf16))
     step_module.to(world.device)
     data = world.run_on_first_of_host(
-        lambda: _open_held_out(*run, loaded, config.max_samples) if run else _open_data(config, loaded)
+        lambda: open_what_run_held_out(*run, loaded, config.max_samples) if run else _open_data(config, loaded)
     )
     index, rows = data.index, data.rows
     records = records_of_rows(index, rows)
@@ -174,57 +166,6 @@ def _open_data(config: EvaluateConfig, loaded: LoadedModel) -> HeldOut:
     )
     index = open_checked_index([entry], loaded.processor, loaded.num_image_tokens, config)
     return HeldOut(index, np.arange(len(index)))
-
-
-def _run_of(config: EvaluateConfig) -> tuple[TrainConfig, str]:
-    """Return how a model's run read its data, and what identifies the records that it held out.
-
-    Raises:
-        UserError: the model is no run's, or what its run held out cannot be told.
-    """
-    folder = Path(config.model_name_or_path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Give a run's `final` or `checkpoint-N`.")
-    if not (folder / RUN).is_file():
-        raise UserError(f"{folder}: no run's folder (no {RUN}), so nothing says what was held out. {_ELSE}")
-    run = own_run(folder, load_run(folder))
-    with reading(folder / RUN, f"Restore it. {_ELSE}"):
-        values = run["config"]
-        train = TrainConfig.model_validate({name: values[name] for name in _OF_DATA & values.keys()})
-    if not train.eval_entries and not train.validation_split:
-        raise UserError(f"{folder}: its run held nothing out. {_ELSE}")
-    if (records := run.get("held_out")) is None:
-        raise UserError(f"{folder}: its llavaforge was older and did not note what is held out. {_ELSE}")
-    if train.validation_split and run.get("earlier_held_out"):
-        raise UserError(
-            f"{folder}: its data was changed as it went on (allow_changes), or an older llavaforge began it: it may "
-            f"have trained on some of the records held out now. {_ELSE}"
-        )
-    return train if config.cache_dir is None else train.model_copy(update={"cache_dir": config.cache_dir}), records
-
-
-def _open_held_out(train: TrainConfig, records: str, loaded: LoadedModel, most: int | None) -> HeldOut:
-    """Open what a run held out, or the first of it.
-
-    Raises:
-        UserError: it is at fault, or other than it was.
-    """
-    ids = loaded.processor, loaded.num_image_tokens
-    try:
-        if train.eval_entries:
-            held_out: HeldOut | None = open_held_out(train, *ids, quiet=False)[0]
-        else:
-            held_out = open_data(train, *ids, quiet=False).held_out
-    except UserError as error:
-        raise UserError(f"held_out: {error} {_WHERE} {_ELSE}") from None
-    if held_out is None or held_out.records != records:
-        names = ", ".join(str(entry.path) for entry in train.eval_entries or train.entries)
-        quarantine = f", or {train.quarantine}" if train.quarantine is not None else ""
-        raise UserError(
-            f"{names}{quarantine} has been edited or written anew since the run, so it cannot be told whether the "
-            f"records are those that were held out. Restore it. {_ELSE}"
-        )
-    return HeldOut(held_out.index, held_out.rows[:most])
 
 
 def references_of(record: Record) -> References:
